@@ -1,0 +1,43 @@
+# make demo and make test each set up a virtual environment of their own, and run. Needs Python 3.11 or newer.
+#   PYTHON    which Python makes the environment
+#   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint format train schema clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokcompile needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/tokred demo
+
+test: setup
+	$(BIN)/python -m pytest -q -x --durations=15
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Trains the small model of the demo again; the checkpoint is committed.
+train: setup
+	$(BIN)/python -m tokcompile.models.recipe_llava_digits
+
+# Writes docs/rule.schema.json from the models in tokcompile/rulefile.py.
+schema: setup
+	$(BIN)/python -m tokcompile.rulefile > docs/rule.schema.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,26 @@
+"""Settings of every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before transformers is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+
+# A busy machine is no failure, and a run must say the same twice.
+settings.register_profile("tokcompile", deadline=None, derandomize=True)
+settings.load_profile("tokcompile")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Forget compiled graphs after each test: a cached one would hide what the next test checks."""
+    yield
+    torch._dynamo.reset()

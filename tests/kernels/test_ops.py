@@ -1,0 +1,178 @@
+"""What holds for every op alike: one node when captured, ATen when compiled, any batch size."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import tokcompile.kernels as kernels
+from tokcompile.kernels import _library
+
+ops = torch.ops.tokred
+CROSS = [0, 0, 0, -1, 1], [0, -1, 1, 0, 0]
+ATTENTION = (0.5, True, 0.0, "mean")
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def bools(*shape: int) -> torch.Tensor:
+    return floats(*shape) > 0
+
+
+# op -> (tensor arguments whose first dimension is the batch, call). The last test sees that no op is missing.
+CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]] = {
+    "gather_tokens": (
+        lambda b: (floats(b, 12, 4), torch.arange(5 * b).view(b, 5) % 12),
+        lambda x, source: ops.gather_tokens(x, source, 1, 0),
+    ),
+    "attention": (
+        lambda b: (floats(b, 4, 6, 8), floats(b, 2, 12, 8), floats(b, 2, 12, 8).sin(), bools(b, 15)),
+        lambda q, k, v, padding: ops.attention(q, k, v, padding, 0.5, True),
+    ),
+    "kept_indices": (lambda b: (bools(b, 12),), lambda keep: ops.kept_indices(keep, 5)),
+    "topk_mask": (lambda b: (floats(b, 12), bools(b, 12)), lambda s, among: ops.topk_mask(s, among, 5)),
+    "dilate": (lambda b: (bools(b, 12),), lambda mask: ops.dilate(mask, *CROSS, 3, 4, "clamp_flat")),
+    "fill_mask": (
+        lambda b: (bools(b, 12), floats(b, 12), bools(b, 12)),
+        lambda first, s, among: ops.fill_mask([first], s, among, 5),
+    ),
+    "attention_received": (
+        lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 1, 12), bools(b, 12)),
+        lambda q, k, mask, rows: ops.attention_received(q, k, mask, rows, *ATTENTION, "mean"),
+    ),
+    "attention_row": (
+        lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 12, 12), torch.arange(b) % 12),
+        lambda q, k, mask, index: ops.attention_row(q, k, mask, index, *ATTENTION),
+    ),
+    "last_valid": (lambda b: (bools(b, 12),), lambda mask: ops.last_valid(mask)),
+    "random_scores": (lambda b: (floats(b, 12),), lambda like: ops.random_scores(like, 3)),
+    "token_norm": (lambda b: (floats(b, 12, 4),), lambda x: ops.token_norm(x, 2.0)),
+    "token_cosine": (lambda b: (floats(b, 12, 4), floats(b, 4)), lambda x, r: ops.token_cosine(x, r)),
+}
+each_op = pytest.mark.parametrize("name", sorted(CASES))
+
+
+class Call(torch.nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.call = CASES[name][1]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.call(*tensors)
+
+
+def calls(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+@each_op
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_pre_dispatch_trace_keeps_one_node(name, mode):
+    make, call = CASES[name]
+    graph = make_fx(call, pre_dispatch=True, tracing_mode=mode)(*make(3)).graph
+    assert calls(graph) == [f"tokred.{name}.default"]
+
+
+@each_op
+def test_an_export_with_a_symbolic_batch_keeps_one_node(name):
+    tensors = CASES[name][0](3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Call(name), tensors, dynamic_shapes={"tensors": tuple({0: batch} for _ in tensors)})
+    assert calls(program.graph) == [f"tokred.{name}.default"]
+    other = CASES[name][0](5)
+    torch.testing.assert_close(program.module()(*other), CASES[name][1](*other), rtol=0, atol=0)
+    lowered = calls(program.run_decompositions().graph)
+    assert lowered and not [target for target in lowered if target.startswith("tokred")]
+
+
+@each_op
+def test_the_lowered_graph_has_no_data_dependent_shape(name):
+    make, call = CASES[name]
+    graph = make_fx(call, tracing_mode="symbolic")(*make(3)).graph
+    banned = ("nonzero", "_local_scalar_dense", "masked_select", "unique")
+    assert not [target for target in calls(graph) if any(word in target for word in banned)]
+
+
+@each_op
+def test_fake_tensors_have_the_real_shape_and_dtype(name):
+    make, call = CASES[name]
+    real = call(*make(3))
+    with FakeTensorMode() as mode:
+        fake = call(*(mode.from_tensor(t) for t in make(3)))
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@each_op
+def test_inductor_gives_the_same_result_for_any_batch(name):
+    make, call = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(Call(name), fullgraph=True)
+    first = make(3)
+    for tensor in first:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tensors in (first, make(6)):
+            torch.testing.assert_close(compiled(*tensors), call(*tensors), rtol=1e-5, atol=1e-6)
+
+
+@each_op
+def test_the_schema_holds(name):
+    make, call = CASES[name]
+    graph = make_fx(call, pre_dispatch=True, tracing_mode="fake")(*make(3)).graph
+    node = next(n for n in graph.nodes if n.op == "call_function")
+    values = dict(zip((n for n in graph.nodes if n.op == "placeholder"), make(3), strict=True))
+    arguments = torch.fx.node.map_arg(node.args, lambda n: values[n])
+    checks = ("test_schema", "test_faketensor")
+    assert set(torch.library.opcheck(node.target, tuple(arguments), test_utils=checks).values()) == {"SUCCESS"}
+
+
+@each_op
+def test_rows_do_not_see_each_other(name):
+    make, call = CASES[name]
+    tensors = make(3)
+    whole = call(*tensors)
+    for b in range(3):
+        torch.testing.assert_close(whole[b : b + 1], call(*(t[b : b + 1] for t in tensors)), rtol=1e-6, atol=1e-6)
+
+
+def test_symbolic_lengths():
+    """The number of tokens and the budget may be symbols too."""
+
+    def prune(x: torch.Tensor) -> torch.Tensor:
+        budget = x.shape[1] // 3
+        received = ops.attention_received(x[:, None], x[:, None], None, None, 0.5, False, 0.0, "mean", "mean")
+        keep = ops.fill_mask([received > 2], received, None, budget)
+        return ops.gather_tokens(x, ops.kept_indices(keep, budget), 1, 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(prune, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, tokens in ((2, 12), (3, 31)):
+            x = floats(batch, tokens, 4)
+            torch._dynamo.mark_dynamic(x, [0, 1])
+            torch.testing.assert_close(compiled(x), prune(x), rtol=0, atol=0)
+
+
+def test_a_reload_keeps_the_ops_and_another_schema_is_refused():
+    before = ops.topk_mask.default
+    importlib.reload(_library)
+    importlib.reload(sys.modules["tokcompile.kernels.topk_mask"])
+    importlib.reload(kernels)
+    assert ops.topk_mask.default is before
+    assert ops.topk_mask(floats(1, 4), None, 2).sum() == 2
+    with pytest.raises(ValueError, match="already defined"):
+        kernels.define("topk_mask(Tensor scores) -> Tensor", lambda scores: scores)
+    with pytest.raises(KeyError, match="no op tokred::median; known: .*topk_mask"):
+        kernels.reference_of("median")
+
+
+def test_every_op_is_tested_here():
+    assert set(kernels.names()) == set(CASES)

@@ -1,0 +1,64 @@
+"""The Dynamo backend `tokred`: `torch.compile(model, backend="tokred", options={"rule": "hiprune", "keep": 192})`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from tokcompile.capture import from_dynamo
+from tokcompile.dynamo import prepare
+from tokcompile.errors import RuleError
+from tokcompile.lower import TARGETS, lower
+from tokcompile.pipeline import Applied, apply_rules
+from tokcompile.recording import Recording, record, replay
+from tokcompile.rulefile import parse_rules, rule_names
+
+RESERVED = ("target", "record", "replay", "report")
+"""Options that are not a rule's parameters."""
+
+# torch.compile imports this module when it looks the backend up, which is before it traces anything.
+prepare()
+
+
+class Report:
+    """Collects what was done to each graph: give one as `options={"report": report}`."""
+
+    def __init__(self) -> None:
+        self.graphs: list[list[Applied]] = []
+
+
+def tokred(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+           mode: str | None = None) -> Callable[..., Any]:
+    """Rewrite a Dynamo graph by rules and compile it.
+
+    Args:
+        gm: graph from Dynamo.
+        example_inputs: its example inputs.
+        options: `rule` with its parameters, or `rules`; `target` (`inductor`, `eager`, `aot_eager`); `record` and
+            `replay` (a `Recording`); `report` (a `Report`).
+        mode: not used; torch.compile passes it on.
+
+    Raises:
+        TokredError: the rule or its options are wrong, or the edit cannot be done soundly on this graph.
+    """
+    del mode
+    options = dict(options or {})
+    if "rule" not in options and "rules" not in options:
+        raise RuleError("backend 'tokred' needs a rule", found=f"options {sorted(options)}",
+                        remedy=f'options={{"rule": NAME}} with NAME one of {", ".join(rule_names())}, or a rule file')
+    rules = parse_rules(options, reserved=RESERVED)
+    program = from_dynamo(gm, example_inputs)
+    applied = apply_rules(program, rules)
+    if options.get("report") is not None:
+        options["report"].graphs.append(applied)
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled  # noqa: E731
+    if isinstance(options.get("replay"), Recording) and applied[0].phase == "prefill":
+        replay(program, options["replay"])
+    if isinstance(options.get("record"), Recording) and applied[0].phase == "prefill":
+        wrap = record(program, options["record"])
+    return wrap(lower(program.gm, example_inputs, options.get("target", "inductor")))
+
+
+__all__ = ["RESERVED", "TARGETS", "Report", "tokred"]

@@ -1,0 +1,218 @@
+"""A rule with its options (RuleInstance), and the same once the facts of a model are known (ResolvedRule)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tokcompile import yamlfile
+from tokcompile.budget import Budget, clamp, round_ratio
+from tokcompile.errors import RuleError, TokredError, known
+from tokcompile.expr import has_expression, names_in, substitute
+from tokcompile.params import FACTS, ParamValue, plain
+from tokcompile.steps import Select, Step
+
+if TYPE_CHECKING:
+    from tokcompile.rulefile import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class RuleInstance:
+    """A rule and the values of its parameters. Equal, and of one hash, when rule and values are equal.
+
+    Attributes:
+        rule: the rule.
+        params: value of every parameter, in its exact form; a text with a `${…}` waits for the facts of a model.
+    """
+
+    rule: Rule
+    params: Mapping[str, ParamValue]
+
+    @property
+    def name(self) -> str:
+        """Name of the rule."""
+        return self.rule.name
+
+    def resolve(self, facts: Mapping[str, int]) -> ResolvedRule:
+        """Apply the facts of a model: every `${…}` gets its value, except in a select's `keep`.
+
+        Args:
+            facts: what `params.FACTS` names, as far as this model has it.
+        """
+        resolved = self._resolved_params(facts)
+        names = {**facts, **{name: value for name, value in resolved.items() if not isinstance(value, Budget)}}
+        steps = tuple(_resolve_step(step, names, self.rule) for step in self.rule.steps)
+        return ResolvedRule(self, steps, resolved, dict(facts))
+
+    def budget(self, step: Select, n: Any, facts: Mapping[str, int]) -> Any:
+        """Return how many of n tokens a select step keeps.
+
+        A ratio_or_count parameter in an expression stands for its count among n. An expression gives a count.
+
+        Args:
+            n: size of the group that the budget counts in; may be symbolic where `keep` is one budget or one name.
+        """
+        return self.resolve(facts).budget(step, n)
+
+    def as_yaml(self) -> str:
+        """Return a rule file whose defaults are this instance's values; loading that gives an equal instance."""
+        data = self.rule.as_data()
+        for name, value in self.params.items():
+            data["params"][name]["default"] = plain(value)
+        return yamlfile.dump(data)
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.as_yaml().encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the rule and its values: the key of a compile cache."""
+        return self._digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuleInstance) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={plain(value)}" for name, value in self.params.items())
+        return f"RuleInstance({self.name}, {values})"
+
+    def _resolved_params(self, facts: Mapping[str, int]) -> dict[str, ParamValue]:
+        resolved = {}
+        for name, value in self.params.items():
+            place = self.rule.place("params", name)
+            _needs_facts(names_in(value) if has_expression(value) else set(), facts, f"parameter '{name}'", place)
+            try:
+                resolved[name] = self.rule.params[name].resolve(value, dict(facts))
+            except TokredError as error:
+                cause = f"parameter '{name}' = {value} on this model: {error.cause}"
+                raise RuleError(cause, where=place, found=error.found, remedy=error.remedy) from None
+        return resolved
+
+
+@dataclass(frozen=True)
+class ResolvedRule:
+    """A rule ready to be applied to one model.
+
+    Attributes:
+        instance: where it comes from.
+        steps: steps whose `${…}` have their values; only a select's `keep` may still hold one: ask `budget`.
+        params: value of every parameter.
+        facts: the facts of the model that were used.
+    """
+
+    instance: RuleInstance
+    steps: tuple[Step, ...]
+    params: Mapping[str, ParamValue]
+    facts: Mapping[str, int] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the rule."""
+        return self.instance.name
+
+    def place(self, step: Step) -> str:
+        """Return file and line of a step, for messages."""
+        return f"{self.instance.rule.path}:{step.line}"
+
+    def budget(self, step: Select, n: Any) -> Any:
+        """Return how many of n tokens a select step keeps; see RuleInstance.budget."""
+        if not has_expression(step.keep):
+            return Budget.parse(step.keep).count(n, step.round, step.allow_zero)
+        lone = self.params.get(step.keep.strip()[2:-1].strip())
+        if isinstance(lone, Budget):
+            return lone.count(n, self._rounding(step), step.allow_zero)
+        if not isinstance(n, int):
+            raise RuleError(
+                f"'{step.keep}' needs a known number of tokens, and this one is symbolic",
+                where=self.place(step),
+                found=str(n),
+                remedy="use one parameter alone as the budget, or compile with a static length",
+            )
+        return clamp(self._count(step, n), n, step.allow_zero)
+
+    def _rounding(self, step: Select) -> str:
+        own = self.instance.rule.params.get(step.keep.strip()[2:-1].strip())
+        return (own.round if own else None) or step.round
+
+    def _count(self, step: Select, n: int) -> int:
+        declared = self.instance.rule.params
+        counts = {
+            name: value.count(n, declared[name].round or step.round)
+            for name, value in self.params.items()
+            if isinstance(value, Budget)
+        }
+        _needs_facts(names_in(step.keep) & FACTS.keys(), self.facts, f"keep: {step.keep}", self.place(step))
+        try:
+            value = Fraction(substitute(step.keep, {**self.facts, **self.params, **counts}))
+        except TokredError as error:
+            raise error.inside(self.place(step)) from None
+        is_share = 0 < value < 1 and not names_in(step.keep) & counts.keys()
+        if value < 0 or is_share:
+            raise RuleError(
+                f"the budget '{step.keep}' of {n} tokens is {value}, which is not a count",
+                where=self.place(step),
+                remedy="an expression gives a count; for a share, use a ratio_or_count parameter" if is_share else "",
+            )
+        return round_ratio(value.numerator, value.denominator, step.round)
+
+
+def bind(rule: Rule, options: Mapping[str, object]) -> RuleInstance:
+    """Check options against a rule's parameters and return the rule with all its values."""
+    for option in options:
+        if option not in rule.params:
+            cause = f"rule '{rule.name}' has no option '{option}'"
+            raise RuleError(cause, where=rule.place("params"), remedy=known(option, rule.params))
+    params = {}
+    for name, param in rule.params.items():
+        try:
+            params[name] = param.convert(options.get(name, param.default))
+        except TokredError as error:
+            cause = f"option '{name}' of rule '{rule.name}': {error.cause}"
+            remedy = f"{error.remedy} ({param.about})"
+            raise RuleError(cause, where=rule.place("params", name), found=error.found, remedy=remedy) from None
+    return RuleInstance(rule, params)
+
+
+def _needs_facts(names: set[str], facts: Mapping[str, int], user: str, place: str) -> None:
+    for name in sorted(names - facts.keys()):
+        raise RuleError(
+            f"{user} needs '{name}' ({FACTS[name]}), which this model does not have",
+            where=place,
+            found=", ".join(f"{fact} = {value}" for fact, value in facts.items()) or "no facts",
+            remedy="give the parameter a number, or use a rule for this kind of model",
+        )
+
+
+def _resolve_step(step: Step, names: Mapping[str, Any], rule: Rule) -> Step:
+    given = step.given()
+    late = {"keep"} if isinstance(step, Select) else set()
+    holes = {key: text for key, text in given.items() if key not in late and has_expression(text)}
+    if not holes:
+        return step
+    place = f"{rule.path}:{step.line}"
+    for key, text in holes.items():
+        _needs_facts(names_in(text) & FACTS.keys(), names, f"'{key}: {text}'", place)
+        try:
+            value = substitute(text, names)
+        except TokredError as error:
+            raise error.inside(place) from None
+        given[key] = int(value) if isinstance(value, Fraction) and value.denominator == 1 else value
+    try:
+        resolved = type(step).model_validate(given)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        context = detail.get("ctx", {})
+        found = ", ".join(f"{key}: {text} is {given[key]}" for key, text in holes.items())
+        cause = context.get("cause", detail["msg"])
+        raise RuleError(cause, where=place, found=found, remedy=context.get("remedy", "")) from None
+    resolved._line = step.line
+    return resolved

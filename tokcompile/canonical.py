@@ -1,0 +1,93 @@
+"""Bring a captured graph to one spelling: operators that change nothing are taken out before anything is matched."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from tokcompile.axes.atoms import same, size_of
+
+aten = torch.ops.aten
+_CASTS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
+    aten.alias.default,
+    aten.contiguous.default,
+}
+_END = 2**62
+
+
+def canonicalise(graph: Graph) -> int:
+    """Remove casts, slices and concatenations that return their input, and constants nobody reads.
+
+    Returns:
+        How many nodes were removed. Results of the graph stay bit-for-bit the same.
+    """
+    before = len(graph.nodes)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        kept = _passes_through(node)
+        if kept is not None:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+    _drop_dead_constants(graph)
+    return before - len(graph.nodes)
+
+
+def _passes_through(node: Node) -> Node | None:
+    if node.target is aten.cat.default:
+        return _only_operand(node)
+    first = node.args[0] if node.args else None
+    if not isinstance(first, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    if node.target in _CASTS:
+        return first if _alike(first, node) and not _wants_copy(node) else None
+    if node.target is aten.slice.Tensor and _whole(node):
+        return first
+    return None
+
+
+def _alike(one: Node, other: Node) -> bool:
+    left, right = one.meta["val"], other.meta["val"]
+    return (
+        left.dtype == right.dtype
+        and left.device == right.device
+        and left.layout == right.layout
+        and all(same(size_of(a), size_of(b)) for a, b in zip(left.stride(), right.stride(), strict=True))
+    )
+
+
+def _wants_copy(node: Node) -> bool:
+    names = [a.name for a in node.target._schema.arguments]
+    copy = node.kwargs.get("copy")
+    if copy is None and "copy" in names and len(node.args) > names.index("copy"):
+        copy = node.args[names.index("copy")]
+    return bool(copy)
+
+
+def _whole(node: Node) -> bool:
+    args = [*node.args[1:], *[None] * 4][:4]
+    dim, start, end, step = (node.kwargs.get(n, a) for n, a in zip(("dim", "start", "end", "step"), args, strict=True))
+    return (
+        start in (None, 0)
+        and step in (None, 1)
+        and (end is None or (isinstance(end, int) and end >= _END))
+        and isinstance(dim or 0, int)
+    )
+
+
+def _only_operand(node: Node) -> Node | None:
+    """The operand of a concatenation whose others are the empty tensors that a fresh KV cache starts from."""
+    full = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
+    return full[0] if len(full) == 1 and len(node.args[0]) > 1 else None
+
+
+def _drop_dead_constants(graph: Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        dead_constant = node.op == "get_attr" or node.target in (aten.lift_fresh_copy.default, aten.detach_.default)
+        if dead_constant and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,115 @@
+"""Capture: from a Dynamo graph, an exported program, or a model with example inputs, to a `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from tokcompile.canonical import canonicalise
+from tokcompile.errors import CaptureError
+from tokcompile.program import Program
+
+
+def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Program:
+    """Bring a Dynamo graph (torch level) to the pre-dispatch ATen dialect that torch.export speaks.
+
+    Args:
+        gm: the graph that a Dynamo backend receives.
+        example_inputs: its example inputs; unused when the placeholders carry fake values, as Dynamo's do.
+
+    Raises:
+        CaptureError: the graph holds no tensor input, or an operator that cannot be traced.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+    if mode is None:
+        raise CaptureError("the captured graph has no tensor input", remedy="compile the whole model, not a helper")
+    interpreter = Interpreter(gm)
+    with mode, preserve_node_meta():
+        traced = make_fx(lambda *args: interpreter.run(*args), pre_dispatch=True)(*fakes)
+    program = Program(traced, mode, origin="dynamo")
+    _name_inputs(program, placeholders)
+    return _finish(program)
+
+
+def _name_inputs(program: Program, placeholders: Sequence[Node]) -> None:
+    traced = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, old in zip(traced, placeholders, strict=True):
+        fake = old.meta.get("example_value", old.meta.get("val"))
+        node.meta.setdefault("val", fake)
+        program.kinds[node] = _kind(old, fake)
+        node._rename(old.name)
+        node.target = node.name
+
+
+def _kind(old: Node, fake: Any) -> str:
+    if not isinstance(fake, torch.Tensor):
+        return "size"
+    if isinstance(fake, torch.nn.Parameter) or old.name.startswith(("l_self_modules", "l_self_parameters",
+                                                                    "l_self_buffers", "p_", "b_", "c_")):
+        return "parameter"
+    return "input"
+
+
+def from_export(exported: torch.export.ExportedProgram) -> Program:
+    """Read an exported program. Its graph module is copied, so the caller's program stays as it is."""
+    kinds = torch.export.graph_signature.InputKind
+    import copy
+
+    gm = copy.deepcopy(exported.graph_module)
+    fakes = [n.meta.get("val") for n in gm.graph.nodes]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None) or FakeTensorMode()
+    program = Program(gm, mode, origin="export")
+    specs = {spec.arg.name: spec.kind for spec in exported.graph_signature.input_specs}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            program.kinds[node] = "input" if specs.get(node.name) == kinds.USER_INPUT else "parameter"
+    return _finish(program)
+
+
+def _finish(program: Program) -> Program:
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            attribute = getattr(program.gm, node.target, None)
+            if isinstance(attribute, torch.Tensor):
+                node.meta["val"] = program.fake_mode.from_tensor(attribute)
+    canonicalise(program.graph)
+    program.gm.recompile()
+    return program
+
+
+def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool | None = None) -> list[Program]:
+    """Capture a model with Dynamo on example inputs, without running it.
+
+    Args:
+        model: any module; one on the meta device is captured without memory for weights.
+        inputs: keyword arguments of its forward.
+        dynamic: as for torch.compile.
+
+    Returns:
+        One program per graph; a model that captures whole gives one.
+    """
+    from tokcompile.dynamo import prepare
+
+    prepare()
+    found: list[Program] = []
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(from_dynamo(gm, example_inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep, dynamic=dynamic)(**inputs)
+    torch._dynamo.reset()
+    if not found:
+        raise CaptureError("nothing was captured", found="Dynamo handed over no graph",
+                           remedy="check that the model is not itself under torch.compiler.disable")
+    return found

@@ -1,0 +1,142 @@
+"""Types of the fields of a rule file: each validates a value or lets a `${…}` stand until the rule is applied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from tokcompile.address import BLOCK_PARTS, STACKS, WHOLE, parse_address
+from tokcompile.budget import Budget
+from tokcompile.errors import TokredError, known
+from tokcompile.expr import has_expression
+
+EXPRESSION = {"type": "string", "pattern": r"\$\{[^{}]*\}"}
+NAME_PATTERN = r"^[a-z][a-z0-9_]*$"
+
+
+def wrong(cause: str, remedy: str) -> PydanticCustomError:
+    """Return a validation error that carries a remedy for the user."""
+    return PydanticCustomError("rule", "{cause}", {"cause": cause, "remedy": remedy})
+
+
+def checked(check: Callable[[Any], Any], value: Any) -> Any:
+    """Run a check that raises TokredError inside a validation."""
+    try:
+        return check(value)
+    except TokredError as error:
+        raise wrong(error.cause, error.remedy) from None
+
+
+def one_of(*names: str, numbered: str | None = None) -> Any:
+    """Return the type of a word out of a list.
+
+    Args:
+        numbered: a further form with a number: `last` allows `last:8`.
+    """
+    form = re.compile(rf"{numbered}:[1-9][0-9]{{0,5}}") if numbered else None
+
+    def check(value: object) -> object:
+        if has_expression(value) or (isinstance(value, str) and (value in names or (form and form.fullmatch(value)))):
+            return value
+        allowed = [*names, *([f"{numbered}:N"] if numbered else [])]
+        raise wrong(f"{value!r} is not one of its values", known(str(value), allowed))
+
+    schema: list[dict[str, Any]] = [{"enum": list(names)}, EXPRESSION]
+    if numbered:
+        schema.append({"type": "string", "pattern": rf"^{numbered}:[1-9][0-9]*$"})
+    return Annotated[str, BeforeValidator(check), WithJsonSchema({"anyOf": schema})]
+
+
+def _name(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(NAME_PATTERN, value):
+        return value
+    raise wrong(f"{value!r} is not a name", "small letters, digits and _, a letter first")
+
+
+def _integer(value: object) -> object:
+    if has_expression(value) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise wrong(f"{value!r} is not a whole number", "a whole number or an expression")
+
+
+def _order(value: object) -> object:
+    if has_expression(value) or (value in (1, 2, "inf") and not isinstance(value, bool | float)):
+        return value
+    raise wrong(f"a norm of order {value!r} is not offered", "1, 2 or inf")
+
+
+def _address(value: object) -> object:
+    if not isinstance(value, str):
+        raise wrong(f"{value!r} is not an address", "for example decoder.2.input")
+    checked(parse_address, value)
+    return value
+
+
+def _budget(value: object) -> object:
+    if not has_expression(value):
+        checked(Budget.parse, value)
+    return value
+
+
+def _offsets(value: object) -> object:
+    if isinstance(value, str) and value in OFFSETS:
+        return value
+    if isinstance(value, list | tuple) and value and all(_is_pair(pair) for pair in value):
+        return tuple(tuple(pair) for pair in value)
+    raise wrong(f"{value!r} is not a set of offsets", f"{' or '.join(OFFSETS)}, or pairs of rows and columns: [[0, 1]]")
+
+
+def _is_pair(value: object) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and all(isinstance(number, int) and not isinstance(number, bool) for number in value)
+
+
+def _exact(value: object) -> object:
+    # Pydantic would take "1" for 1 and 1 for True; a rule file says what it means.
+    if isinstance(value, bool):
+        return value
+    raise wrong(f"{value!r} is not true or false", "true or false")
+
+
+OFFSETS = ("cross", "square")
+
+_PLACES = [f"{stack}.{part}" for stack, parts in WHOLE.items() for part in parts]
+_BLOCK = rf"^({'|'.join(STACKS)})\.(-?[0-9]+|features|\*|\$\{{[^{{}}]*\}})\.({'|'.join(BLOCK_PARTS)})$"
+_PAIR = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+
+Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
+IntOrExpression = Annotated[
+    int | str, BeforeValidator(_integer), WithJsonSchema({"anyOf": [{"type": "integer"}, EXPRESSION]})
+]
+NormOrder = Annotated[
+    int | str, BeforeValidator(_order), WithJsonSchema({"anyOf": [{"enum": [1, 2, "inf"]}, EXPRESSION]})
+]
+AddressText = Annotated[
+    str,
+    BeforeValidator(_address),
+    WithJsonSchema({"anyOf": [{"enum": _PLACES}, {"type": "string", "pattern": _BLOCK}]}),
+]
+BudgetText = Annotated[
+    int | float | str,
+    BeforeValidator(_budget),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                {"type": "string", "pattern": r"^[0-9. ]+(/[0-9 ]+|%)?$"},
+                EXPRESSION,
+            ]
+        }
+    ),
+]
+Offsets = Annotated[
+    str | tuple[tuple[int, int], ...],
+    BeforeValidator(_offsets),
+    WithJsonSchema({"anyOf": [{"enum": list(OFFSETS)}, {"type": "array", "items": _PAIR, "minItems": 1}]}),
+]
+Truth = Annotated[bool, BeforeValidator(_exact)]

@@ -1,0 +1,40 @@
+"""The `tokred::` operators. Importing this package registers them as `torch.ops.tokred.NAME`; one file each."""
+
+from __future__ import annotations
+
+if __name__ == "tokcompile.kernels":
+    # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
+    # repository is on the path: nothing is registered then.
+    from ._library import define, names, reference_of
+    from .attention import attention
+    from .attention_received import attention_received
+    from .attention_row import attention_row
+    from .dilate import dilate
+    from .fill_mask import fill_mask
+    from .gather_tokens import gather_tokens
+    from .kept_indices import kept_indices
+    from .last_valid import last_valid
+    from .random_scores import random_scores
+    from .splice_values import splice_values
+    from .token_cosine import token_cosine
+    from .token_norm import token_norm
+    from .topk_mask import topk_mask
+
+__all__ = [
+    "attention",
+    "attention_received",
+    "attention_row",
+    "define",
+    "dilate",
+    "fill_mask",
+    "gather_tokens",
+    "kept_indices",
+    "last_valid",
+    "names",
+    "random_scores",
+    "reference_of",
+    "splice_values",
+    "token_cosine",
+    "token_norm",
+    "topk_mask",
+]

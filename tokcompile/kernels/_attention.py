@@ -1,0 +1,51 @@
+"""What the ops that recompute attention probabilities share: logits, masks and the reduction over heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HEADS = ("mean", "max", "sum")
+LOWEST = torch.finfo(torch.float32).min
+
+
+def check(query: Tensor, key: Tensor, mask: Tensor | None, heads: str) -> int:
+    """Validate the inputs and return how many query heads share one key head. Raises ValueError."""
+    if heads not in HEADS:
+        raise ValueError(f"heads must be one of {', '.join(HEADS)}, not {heads!r}")
+    if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must be [B, H, Tq, D] and [B, Hkv, Tk, D], not {list(query.shape)} and {list(key.shape)}"
+        )
+    if query.shape[1] % key.shape[1] != 0:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
+    if mask is not None and not 2 <= mask.dim() <= 4:
+        raise ValueError(f"mask must broadcast to [B, H, Tq, Tk], not {list(mask.shape)}")
+    return query.shape[1] // key.shape[1]
+
+
+def four_d(mask: Tensor) -> Tensor:
+    """View a broadcastable mask of two to four dimensions as [B or 1, H or 1, Tq or 1, Tk or 1]."""
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def adjust(logits: Tensor, mask: Tensor | None, causal: Tensor | None, softcap: float) -> Tensor:
+    """Soft-cap scaled float32 logits, then hide what `mask` (bool: True is seen; float: added) and `causal` hide."""
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None and mask.dtype == torch.bool:
+        logits = torch.where(mask, logits, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask.to(torch.float32)
+    return logits if causal is None else torch.where(causal, logits, -torch.inf)
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - rowwise maximum) [..., Tq, Tk] and one over its row sums [..., Tq, 1]: softmax in two factors.
+
+    Kept apart so that a reduction over rows needs no pass that divides. A fully hidden row has both factors 0.
+    """
+    peak = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
+    weights = torch.exp(logits - peak)
+    total = weights.sum(-1, keepdim=True)
+    return weights, torch.where(total > 0, 1 / total, 0.0)

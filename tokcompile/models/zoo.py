@@ -1,0 +1,166 @@
+"""A registry of models to compile: one trained, some small with random weights, some at the size of real ones.
+
+    loaded = load("llava-digits")
+    loaded.model(**loaded.example(batch=2))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+from . import digits, families
+
+Kind = Literal["vlm", "decoder", "vision"]
+PAD, BOS = 0, 1
+CHECKPOINT = Path(__file__).parent / "llava_digits"
+
+_SMALL_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": 2,
+}
+_SMALL_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+_CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_LLAMA_7B = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 32001,
+}
+_MEDIUM_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the zoo: what it is, and how it is built."""
+
+    about: str
+    kind: Kind
+    build: Callable[[], PreTrainedModel] = field(repr=False)
+    text_length: int = 8
+    on_meta: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode and what is needed to call it."""
+
+    name: str
+    model: PreTrainedModel
+    entry: Entry
+
+    @property
+    def kind(self) -> Kind:
+        return self.entry.kind
+
+    @property
+    def about(self) -> str:
+        return self.entry.about
+
+    def example(
+        self, batch: int = 1, padded: bool = False, text_length: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Arguments of `forward`, the same for the same seed.
+
+        Args:
+            batch: rows.
+            padded: pad row i on the left by up to i tokens, so that rows have different real lengths; every row
+                keeps its whole image and at least two tokens of text.
+            text_length: tokens of text after <bos> and the image; each entry has its own default.
+            seed: of the random tokens and pixels, or of the canvases of `llava-digits`.
+
+        Returns:
+            input_ids and attention_mask int64 [batch, sequence] and pixel_values [batch, 3, height, width], or
+            those of them that the kind of model takes.
+        """
+        length = self.entry.text_length if text_length is None else text_length
+        if self.name == "llava-digits" and text_length in (None, self.entry.text_length):
+            canvases = digits.canvases("test", batch, seed)
+            inputs, ids = {"pixel_values": canvases.pixel_values}, canvases.input_ids
+        else:
+            rng = torch.Generator().manual_seed(seed)
+            inputs = {} if self.kind == "decoder" else {"pixel_values": self._pixels(batch, rng)}
+            ids = None if self.kind == "vision" else self._tokens(batch, length, rng)
+        if ids is not None:
+            inputs = self._pad(ids, length, padded) | inputs
+        return {name: self._place(value) for name, value in inputs.items()}
+
+    def _pixels(self, batch: int, rng: torch.Generator) -> Tensor:
+        config = self.model.config
+        size = getattr(config, "vision_config", config).image_size
+        return torch.randn(batch, 3, size, size, generator=rng)
+
+    def _tokens(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        """int64 [batch, 1 + image tokens + length]: <bos>, the image, then text that is not a special token."""
+        config = self.model.config
+        image = getattr(config, "image_token_index", None)
+        words = getattr(config, "text_config", config).vocab_size
+        text = torch.randint(5, words if image is None else min(words, 32000), (batch, length), generator=rng)
+        parts = [torch.full((batch, 1), BOS)]
+        if image is not None:
+            parts.append(torch.full((batch, config.image_seq_length), image))
+        return torch.cat([*parts, text], dim=1)
+
+    def _pad(self, ids: Tensor, length: int, padded: bool) -> dict[str, Tensor]:
+        """Shift row i right by up to i places, dropping the end of its text, and mask what is in front."""
+        mask = torch.ones_like(ids)
+        config = self.model.config
+        pad = getattr(config, "text_config", config).pad_token_id
+        for row in range(len(ids) if padded else 0):
+            shift = row % max(1, length - 1)
+            if self.name == "llava-digits":
+                ids, mask = _widen(ids, mask, row, pad)
+            elif shift:
+                ids[row] = torch.cat([torch.full((shift,), pad), ids[row, :-shift]])
+                mask[row, :shift] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _place(self, value: Tensor) -> Tensor:
+        dtype = self.model.dtype if value.is_floating_point() else value.dtype
+        return value.to(device=self.model.device, dtype=dtype)

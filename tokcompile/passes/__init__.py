@@ -1,0 +1,11 @@
+"""The passes: one verb of a rule a file. Each takes the context of a rule's application and one step."""
+
+from tokcompile.passes.context import Context, Scores, Selection
+from tokcompile.passes.drop import drop
+from tokcompile.passes.score import score
+from tokcompile.passes.select import select
+from tokcompile.passes.tap import tap
+
+PASSES = {"tap": tap, "score": score, "select": select, "drop": drop}
+
+__all__ = ["PASSES", "Context", "Scores", "Selection"]

@@ -1,0 +1,64 @@
+"""drop: remove the tokens that a selection did not choose, from an address on."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from tokcompile.axes import resolve
+from tokcompile.edit import length_value, sub
+from tokcompile.errors import EditError
+from tokcompile.passes.context import Context, Selection
+from tokcompile.positional import images_per_row, make_map
+from tokcompile.program import place as node_place
+from tokcompile.sites import Place, resolve_address
+from tokcompile.steps import Drop
+from tokcompile.tokenmap import TokenMap, Transport
+
+aten = torch.ops.aten
+tokred = torch.ops.tokred
+
+
+def drop(ctx: Context, step: Drop) -> None:
+    """Cut the sequence at the step's address; a selection of everything leaves the graph as it is."""
+    place = resolve_address(ctx.sites, step.at)
+    selection = ctx.values[step.keep]
+    before, after = length_value(selection.size), length_value(selection.count)
+    record = {"verb": "drop", "at": step.at, "keep": step.keep, "positions": step.positions,
+              "from": str(before), "to": str(after)}
+    ctx.log.append(record)
+    if isinstance(before, int) and before == after:
+        record["note"] = "everything is kept: no edit"
+        return
+    node = place.node
+    dims = ctx.program.axes.of(node)
+    if len(dims) != 3:
+        raise EditError("tokens can be dropped from a value [B, T, C]", where=[node_place(node)],
+                        found=f"{tuple(node.meta['val'].shape)}")
+    transport = Transport(ctx.editor, ctx.sites)
+    with ctx.editor.after([node, selection.mask]):
+        token_map = _map(ctx, transport, step, place, selection)
+    transport.apply(node, token_map)
+    ctx.refresh()
+
+
+def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection) -> TokenMap:
+    editor, node = ctx.editor, place.node
+    dims = ctx.program.axes.of(node)
+    rows, axis = dims[0], dims[1]
+    own = resolve(selection.axis) == resolve(axis)
+    keep = selection.mask if own else ctx.align(selection.mask, selection.axis, axis, fill=1.0)
+    if own and selection.group is not None:
+        outside = editor.call(aten.logical_not.default, selection.group)
+        keep = editor.call(aten.logical_or.default, keep, outside)
+    gone = editor.arithmetic(sub, selection.size, selection.count)
+    if not own:
+        images = _images(ctx, selection.mask, node)
+        gone = editor.arithmetic(lambda n: n * images, gone)
+    old = editor.size(node, 1)
+    new = editor.arithmetic(sub, old, gone)
+    return make_map(transport, keep, axis, rows, old, new, step.positions)
+
+
+def _images(ctx: Context, features: Node, sequence: Node) -> int:
+    return images_per_row(features, sequence)

@@ -1,0 +1,178 @@
+"""select: choose tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from tokcompile.axes import Dim, product, resolve
+from tokcompile.edit import Length, length_value, sub
+from tokcompile.errors import EditError
+from tokcompile.passes.context import Context, Scores, Selection, oldest
+from tokcompile.positional import images_per_row
+from tokcompile.steps import Select
+
+aten = torch.ops.aten
+tokred = torch.ops.tokred
+LOWEST = float("-inf")
+CROSS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+SQUARE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
+
+
+def select(ctx: Context, step: Select) -> None:
+    """Insert the computation of one selection: a bool mask with an exact count per row."""
+    make = {"topk": _topk, "fill": _topk, "neighbours": _neighbours, "protect": _protect}[step.by]
+    with ctx.editor.after(_sources(ctx, step)):
+        made = make(ctx, step)
+    made.mask.meta["selection"] = step.name
+    ctx.values[step.name] = made
+    ctx.log.append({"verb": "select", "name": step.name, "by": step.by, "of": _plain(made.size),
+                    "count": _plain(made.count)})
+
+
+def _plain(length: Length) -> int | str:
+    value = length_value(length)
+    return value if isinstance(value, int) else str(value)
+
+
+def _sources(ctx: Context, step: Select) -> list[Node]:
+    nodes = [ctx.values[name].node for name in (step.scores,) if name]
+    nodes += [ctx.values[name].mask for name in (step.of, *step.first) if name]
+    if step.among != "all" and ctx.sites.splice is not None and _is_text(ctx, step):
+        nodes.append(ctx.sites.splice.mask)
+    return nodes or [ctx.program.output.prev]
+
+
+def _is_text(ctx: Context, step: Select) -> bool:
+    return step.scores is not None and is_text_axis(ctx, ctx.values[step.scores].axis)
+
+
+def is_text_axis(ctx: Context, axis: Dim) -> bool:
+    """Whether an axis is the text stack's sequence, as it was or after cuts."""
+    text = ctx.sites.text_stack()
+    if text is None:
+        return False
+    start = ctx.program.axes.of(text[1].blocks[0].input)
+    return len(start) == 3 and oldest(axis) == oldest(start[1])
+
+
+def patch_axis(ctx: Context, axis: Dim) -> Dim:
+    """The patches of a vision sequence: the sequence without its class and register tokens."""
+    if ctx.sites.projector is not None:
+        features = ctx.program.axes.of(ctx.sites.projector.input)[1]
+        if features and (features == resolve(axis) or _holds_segment(axis, features)):
+            return features
+    axis = resolve(axis)
+    if len(axis) == 1 and axis[0].segments:
+        return max((resolve(s) for s in axis[0].segments), key=lambda s: _order(product(s)))
+    return axis
+
+
+def _order(size: object) -> int:
+    return size if isinstance(size, int) else 2**31
+
+
+def _holds_segment(axis: Dim, segment: Dim) -> bool:
+    axis = resolve(axis)
+    return len(axis) == 1 and any(resolve(s) == segment for s in axis[0].segments or ())
+
+
+def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
+    """Scores on the axis that is chosen from, that axis, the tokens up for choice, and how many they are per row."""
+    if not is_text_axis(ctx, scores.axis):
+        axis = patch_axis(ctx, scores.axis)
+        return ctx.align(scores.node, scores.axis, axis), axis, None, _count(ctx, axis)
+    node, axis = scores.node, scores.axis
+    total = ctx.editor.size(node, 1)
+    valid = ctx.valid_mask(axis)
+    if valid is not None:  # padding is up for choice in `all` and `text`, after every real token
+        lowest = ctx.editor.call(aten.full_like.default, node, LOWEST)
+        node = ctx.editor.call(aten.where.self, valid, node, lowest)
+    if step.among == "all":
+        return node, axis, None, total
+    image = ctx.image_mask(axis)
+    size = _images(ctx, axis, total, step)
+    if step.among == "image":
+        return node, axis, image, size
+    text = ctx.editor.call(aten.logical_not.default, image)
+    return node, axis, text, ctx.editor.arithmetic(sub, total, size)
+
+
+def _count(ctx: Context, axis: Dim) -> Length:
+    size = product(resolve(axis))
+    if not isinstance(size, int):
+        raise EditError("the number of image tokens is not known when the graph is compiled", found=str(size),
+                        remedy="compile with a static image size")
+    return size
+
+
+def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
+    """Image tokens per row on a text axis: what the splice put there, less what was dropped since."""
+    splice = ctx.sites.splice
+    features = splice.features.meta["val"]
+    spliced = 1
+    for size in features.shape[:-1]:
+        spliced = spliced * (size if isinstance(size, int) else int(size.node.hint))
+    rows = splice.node.meta["val"].shape[0]
+    rows = rows if isinstance(rows, int) else int(rows.node.hint)
+    if spliced % rows:
+        raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
+    images = images_per_row(ctx.sites.projector.input, splice.node) if ctx.sites.projector is not None else 1
+    if images > 1 and step.per == "image":
+        raise EditError("a budget per image needs the images' own axis", found=f"{images} images in each row",
+                        remedy="use `per: row`, or select at projector.input")
+    before = ctx.editor.size(splice.node, 1)
+    return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
+
+
+def _topk(ctx: Context, step: Select) -> Selection:
+    scores = ctx.values[step.scores]
+    node, axis, group, size = _group(ctx, step, scores)
+    count = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
+    if step.by == "topk":
+        mask = ctx.editor.call(tokred.topk_mask.default, node, group, count)
+    else:
+        first = [_on(ctx, ctx.values[name], axis) for name in step.first]
+        mask = ctx.editor.call(tokred.fill_mask.default, first, node, group, count)
+    return Selection(mask, axis, group, size, count)
+
+
+def _on(ctx: Context, selection: Selection, axis: Dim) -> Node:
+    return ctx.align(selection.mask, selection.axis, axis, fill=0.0)
+
+
+def _neighbours(ctx: Context, step: Select) -> Selection:
+    of = ctx.values[step.of]
+    axis = resolve(of.axis)
+    if len(axis) != 2 or not all(isinstance(a.size, int) for a in axis):
+        raise EditError("neighbours need the patch grid", found=f"a sequence of {product(axis)} tokens without one",
+                        remedy="choose neighbours on the vision side, before tokens are dropped")
+    height, width = (a.size for a in axis)
+    offsets = {"cross": CROSS, "square": SQUARE}.get(step.offsets, step.offsets)
+    ys, xs = [y for y, _ in offsets], [x for _, x in offsets]
+    mask = ctx.editor.call(tokred.dilate.default, of.mask, ys, xs, height, width, step.edges)
+    return Selection(mask, of.axis, of.group, of.size, of.count)
+
+
+def _protect(ctx: Context, step: Select) -> Selection:
+    """The first or last real token of each text row."""
+    text = ctx.sites.text_stack()
+    if text is None or "cls" in step.protect:
+        raise EditError("protect needs a text sequence", remedy="class tokens of a vision stack are never dropped")
+    start = text[1].blocks[0].input
+    axis = ctx.program.axes.of(start)[1]
+    valid = ctx.valid_mask(axis)
+    if valid is None:
+        like = ctx.editor.call(aten.select.int, start, -1, 0)
+        valid = ctx.editor.call(aten.ones_like.default, like, dtype=torch.bool)
+    chosen = []
+    for end in step.protect:
+        seen = ctx.editor.call(aten.flip.default, valid, [1]) if end == "last" else valid
+        seen = ctx.editor.call(aten.cumsum.default, seen, 1)
+        seen = ctx.editor.call(aten.flip.default, seen, [1]) if end == "last" else seen
+        only = ctx.editor.call(aten.eq.Scalar, seen, 1)
+        chosen.append(ctx.editor.call(aten.logical_and.default, only, valid))
+    mask = chosen[0]
+    for other in chosen[1:]:
+        mask = ctx.editor.call(aten.logical_or.default, mask, other)
+    return Selection(mask, axis, None, ctx.editor.size(start, 1), len(step.protect))

@@ -1,0 +1,107 @@
+"""Apply rules to a program: resolve addresses, run the passes in order, verify."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
+from tokcompile.axes import resolve
+from tokcompile.binding import RuleInstance
+from tokcompile.decode import adapt_decode
+from tokcompile.dump import dump
+from tokcompile.edit import Editor
+from tokcompile.errors import TokredError
+from tokcompile.passes import PASSES, Context
+from tokcompile.program import Program
+from tokcompile.sites import Sites, find_sites
+from tokcompile.verify import verify
+
+
+@dataclass
+class Applied:
+    """What applying one rule did.
+
+    Attributes:
+        rule: its name.
+        steps: one record per step.
+        counts: nodes inserted, rewired and repaired.
+        milliseconds: time spent.
+        phase: `prefill` or `decode`.
+    """
+
+    rule: str
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    milliseconds: float = 0.0
+    phase: str = "prefill"
+
+
+def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool = True) -> list[Applied]:
+    """Rewrite a program by rules, one after the other on the same graph.
+
+    Args:
+        program: changed in place.
+        rules: a later rule sees the axes that the earlier ones left.
+        check: run the verifier on the result.
+
+    Raises:
+        TokredError: with the rule file and line, and the place in the model.
+    """
+    dump(program, "captured")
+    done: list[Applied] = []
+    for instance in rules:
+        start = time.perf_counter()
+        sites = find_sites(program)
+        applied = Applied(instance.name, phase=sites.phase)
+        if sites.phase == "decode":
+            adapt_decode(program, sites, instance, applied.steps, applied.counts)
+        else:
+            _run(program, sites, instance, applied, [d.rule for d in done])
+        applied.milliseconds = (time.perf_counter() - start) * 1e3
+        dump(program, f"after-{len(done)}-{instance.name}")
+        done.append(applied)
+    program.graph.eliminate_dead_code()
+    program.changed()
+    if check:
+        verify(program)
+    program.gm.recompile()
+    dump(program, "rewritten")
+    return done
+
+
+def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applied, earlier: list[str]) -> None:
+    editor = Editor(program, instance.name, applied.counts)
+    try:
+        resolved = instance.resolve(facts(program, sites))
+        ctx = Context(program, editor, sites, resolved, counts=applied.counts)
+        for step in resolved.steps:
+            try:
+                PASSES[step.verb](ctx, step)
+            except TokredError as error:
+                raise error.inside(f"{resolved.place(step)} ({step.verb})") from error
+    except TokredError as error:
+        if earlier:
+            raise error.inside(f"rule '{instance.name}', after {', '.join(earlier)}") from error
+        raise
+    applied.steps = ctx.log
+
+
+def facts(program: Program, sites: Sites) -> dict[str, int]:
+    """What rule files may compute with: depths, the number of image tokens, and the patch grid."""
+    found = {f"{name}.depth": len(stack.blocks) for name, stack in sites.stacks.items()}
+    if sites.projector is None:
+        return found
+    axis = resolve(program.axes.of(sites.projector.input)[1])
+    sizes = [a.size for a in axis]
+    if all(isinstance(s, int) for s in sizes):
+        total = 1
+        for size in sizes:
+            total *= size
+        found["image.tokens"] = total
+        if len(sizes) == 2:
+            found["grid.height"], found["grid.width"] = sizes
+    return found

@@ -1,0 +1,36 @@
+"""Names that a rule may use in `by:`, built in or brought by another package. Looking names up runs no code.
+
+A package brings a way to score or to select through the entry-point group `tokcompile.passes`, under the name
+`score.NAME` or `select.NAME`; an operator of its own through the group `tokcompile.ops`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+PASSES = "tokcompile.passes"
+OPS = "tokcompile.ops"
+BUILT_IN = {
+    "score": ("attention_received", "norm", "cosine", "random"),
+    "select": ("topk", "neighbours", "fill", "protect"),
+}
+
+_registered: dict[str, set[str]] = {}
+
+
+def register_name(verb: str, name: str) -> None:
+    """Let rules say `by: name` for a verb (`score` or `select`) without installing an entry point."""
+    _registered.setdefault(verb, set()).add(name)
+
+
+def names(verb: str) -> set[str]:
+    """Return every name that `by:` may take for a verb."""
+    return {*BUILT_IN.get(verb, ()), *_registered.get(verb, ()), *_installed(verb)}
+
+
+@cache
+def _installed(verb: str) -> frozenset[str]:
+    prefix = f"{verb}."
+    points = entry_points(group=PASSES)
+    return frozenset(point.name.removeprefix(prefix) for point in points if point.name.startswith(prefix))

@@ -1,0 +1,180 @@
+"""Operators for which a token's place matters: what an edit does when it reaches one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from tokcompile.axes import resolve
+from tokcompile.axes.rules import MAX, arg, source, wrap
+from tokcompile.axes.rules import RULES as AXIS_RULES
+from tokcompile.edit import sub
+from tokcompile.errors import EditError
+from tokcompile.program import place
+
+if TYPE_CHECKING:
+    from tokcompile.tokenmap import TokenMap, Transport
+
+aten = torch.ops.aten
+tokred = torch.ops.tokred
+_ORDERED = {aten.flip.default: 1, aten.roll.default: 2}
+
+
+def makes_values(node: Node) -> bool:
+    """Whether an operator makes its result from sizes alone (`new_ones`): the result is on the old axis."""
+    return AXIS_RULES.get(node.target) is source
+
+
+def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
+    """Handle an operator that picks tokens by place.
+
+    Returns:
+        None for an operator that treats all tokens alike; else the map of the axis that it makes from the edited one
+        (its arguments are already repaired). A map whose axis is `()` means that the result has no token axis.
+
+    Raises:
+        EditError: the operator depends on places in a way that an edit cannot follow.
+    """
+    edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
+    if node.target is aten.select.int:
+        return _select(transport, node, token_map, edited[0])
+    if node.target is aten.slice.Tensor:
+        return _slice(transport, node, token_map, edited[0])
+    if node.target in (aten.cat.default, aten.concat.default):
+        return _cat(transport, node, token_map, edited[0])
+    if node.target in _ORDERED:
+        moved = node.args[_ORDERED[node.target]]
+        moved = [moved] if isinstance(moved, int) else moved
+        if any(wrap(d, len(transport.of(edited[0]))) in transport.where(edited[0], token_map.axis) for d in moved):
+            raise EditError("the model reorders tokens after the place of the edit", where=[place(node)])
+    return None
+
+
+def _select(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
+    where, index = wrap(node.args[1], len(transport.of(value))), node.args[2]
+    if where not in transport.where(value, token_map.axis):
+        return None
+    if not isinstance(index, int):
+        raise EditError("the model takes a token by a computed index", where=[place(node)])
+    ends = (0, index + 1) if index >= 0 else (index, MAX)
+    _require_kept(transport, node, token_map, *ends)
+    return replace(token_map, axis=())
+
+
+def _slice(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
+    where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
+    if where not in transport.where(value, token_map.axis):
+        return None
+    start, end, step = arg(node, 2, "start") or 0, arg(node, 3, "end"), arg(node, 4, "step", 1)
+    end = None if isinstance(end, int) and end >= MAX else end
+    if not isinstance(start, int) or step != 1 or not (end is None or isinstance(end, int)):
+        raise EditError("the model takes a range of tokens by computed bounds", where=[place(node)])
+    if end is not None and end > 0 and isinstance(token_map.old, int):
+        end = end - token_map.old  # counted from the end, where it stays true
+    if start < 0 or (end is not None and end > 0):
+        return _short_slice(transport, node, token_map, start, end)
+    return _long_slice(transport, node, token_map, where, start, end)
+
+
+def _short_slice(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int | None) -> TokenMap:
+    """A fixed number of tokens at one end: they must all have stayed."""
+    if start < 0 and end is None:
+        _require_kept(transport, node, token_map, start, MAX)
+    elif start >= 0 and end is not None and end > 0:
+        _require_kept(transport, node, token_map, 0, end)
+    else:
+        raise EditError("the model takes tokens from the middle of an edited sequence", where=[place(node)])
+    return replace(token_map, axis=())
+
+
+def _long_slice(transport: Transport, node: Node, token_map: TokenMap, where: int, start: int,
+                end: int | None) -> TokenMap:
+    """All tokens but a fixed number at the ends: those must have stayed, and the rest follows the map."""
+    editor = transport.editor
+    if start:
+        _require_kept(transport, node, token_map, 0, start)
+    if end is not None:
+        _require_kept(transport, node, token_map, end, MAX)
+    gone = start - (end or 0)
+    stop = MAX if end is None else end
+    source_ = editor.call(aten.slice.Tensor, token_map.source, 1, start, stop)
+    if start:
+        source_ = editor.call(aten.sub.Tensor, source_, start)
+    keep = editor.call(aten.slice.Tensor, token_map.keep, 1, start, stop)
+    made = replace(token_map, axis=transport.of(node)[where], source=source_, keep=keep,
+                   old=editor.arithmetic(sub, token_map.old, gone), new=editor.arithmetic(sub, token_map.new, gone))
+    editor.set_args(node, [node.args[0], node.args[1], start, stop])
+    node.meta["val"] = editor.evaluate(node)
+    return made
+
+
+def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int) -> None:
+    part = transport.editor.call(aten.slice.Tensor, token_map.keep, 1, start, end)
+    name = node.meta.get("nn_module_stack") and place(node) or node.name
+    transport.editor.require(part, f"a dropped token is read by its place in {name}")
+
+
+def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
+    where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
+    if where not in transport.where(value, token_map.axis):
+        return None
+    parts = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
+    dims = [transport.of(v)[where] for v in parts]
+    axis = resolve(token_map.axis)
+    if len(parts) == 1 or resolve(transport.of(node)[where])[-len(axis):] == axis:
+        return None  # rows stacked, each with the same axis: the axis itself goes through
+    if sum(d == axis for d in dims) != 1:
+        raise EditError("tokens are joined with others of the same sequence", where=[place(node)])
+    raise EditError("edited tokens are joined with others after the place of the edit", where=[place(node)],
+                    found="a non-empty KV cache, or tokens that the model adds",
+                    remedy="prune in the first prefill of a conversation, or edit after the join")
+
+
+def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
+    """The map of the text sequence that follows from dropping image features before they are spliced in.
+
+    The splice puts one feature at each True of its mask, in order: the places of dropped features go with them.
+    """
+    editor, axes = transport.editor, transport.axes
+    target, mask, _ = node.args
+    flat = editor.call(aten.select.int, mask, -1, 0)
+    keep = editor.call(tokred.splice_values.default, flat, token_map.keep, 1.0)
+    rows, axis = axes.of(target)[0], axes.of(target)[1]
+    images = images_per_row(token_map.keep, target)
+    gone = editor.arithmetic(lambda a, b: (a - b) * images, token_map.old, token_map.new)
+    old = editor.size(target, 1)
+    new = editor.arithmetic(sub, old, gone)
+    return make_map(transport, keep, axis, rows, old, new, token_map.positions)
+
+
+def make_map(transport: Transport, keep: Node, axis: Any, rows: Any, old: Any, new: Any, positions: str) -> TokenMap:
+    """Build a map from a keep mask, and check at run time that every row keeps as many tokens as the map says."""
+    from tokcompile.tokenmap import TokenMap
+
+    editor = transport.editor
+    kept = editor.call(aten.sum.dim_IntList, keep, [1])
+    editor.require(editor.call(aten.eq.Scalar, kept, new), "batch rows hold different numbers of image tokens")
+    indices = editor.call(tokred.kept_indices.default, keep, new, name="kept")
+    indices.meta["token_map"] = f"{editor.rule}/{sum('token_map' in n.meta for n in editor.program.graph.nodes)}"
+    return TokenMap(axis, rows, indices, keep, old, new, positions)
+
+
+def images_per_row(features: Node, sequence: Node) -> int:
+    """How many images each batch row has.
+
+    Raises:
+        EditError: the images do not divide evenly among the rows.
+    """
+    images, rows = (hint(n.meta["val"].shape[0]) for n in (features, sequence))
+    if images % rows:
+        raise EditError("images do not divide evenly among batch rows", where=[place(sequence)],
+                        found=f"{images} images in {rows} rows", remedy="batch rows with equally many images")
+    return images // rows
+
+
+def hint(size: Any) -> int:
+    """The size seen at capture; exact for static sizes."""
+    return size if isinstance(size, int) else int(size.node.hint)

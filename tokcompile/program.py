@@ -1,0 +1,88 @@
+"""A captured model: its graph in the pre-dispatch ATen dialect, and what its inputs are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from tokcompile.axes import Axes, infer
+
+
+@dataclass
+class Program:
+    """One captured graph and what passes need to know of it.
+
+    Attributes:
+        gm: the graph module; every node carries its fake value in `meta["val"]`.
+        fake_mode: the mode that the fake values belong to; new ones are made under it.
+        kinds: for each placeholder, `parameter` (weights, buffers, constants), `input` (what the caller passes) or
+            `size` (a symbolic size that capture made an input).
+        origin: `dynamo` or `export`.
+    """
+
+    gm: GraphModule
+    fake_mode: FakeTensorMode
+    kinds: dict[Node, str] = field(default_factory=dict)
+    origin: str = "dynamo"
+    _axes: Axes | None = None
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The FX graph."""
+        return self.gm.graph
+
+    @property
+    def output(self) -> Node:
+        """The output node."""
+        return self.graph.output_node()
+
+    @property
+    def axes(self) -> Axes:
+        """Token axes of the graph as it is now; inferred once between edits."""
+        if self._axes is None:
+            self._axes = infer(self.graph)
+        return self._axes
+
+    def changed(self) -> None:
+        """Forget what was inferred, after an edit."""
+        self._axes = None
+
+    def inputs(self, kind: str = "input") -> list[Node]:
+        """Placeholders of one kind, in order."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and self.kinds.get(n) == kind]
+
+
+def place(node: Node) -> str:
+    """Where a node comes from: its name, the module, and the last line of the model's source."""
+    parts = [f"graph node '{node.name}' ({node.target})"]
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        parts.append("module " + module_path(node))
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    lines = [line.strip() for line in trace if line.strip().startswith("File ")]
+    if lines:
+        parts.append(lines[-1])
+    return ", ".join(parts)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module that a node was traced in; "" when unknown."""
+    stack: dict[str, Any] | None = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return path.removeprefix("L['self'].").removeprefix("L['self']").removeprefix("L['fn'].")
+
+
+def value(node: Node) -> Any:
+    """Fake value of a node."""
+    return node.meta["val"]
+
+
+def tensor(node: Any) -> bool:
+    """Whether an argument is a node that holds one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)

@@ -1,0 +1,113 @@
+"""What a rule file must obey beyond the form of each field: names, references and expressions fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tokcompile.errors import RuleError, TokredError, known
+from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
+from tokcompile.params import FACTS
+from tokcompile.steps import REFERENCES, Score, Select, Step
+
+if TYPE_CHECKING:
+    from tokcompile.rulefile import Rule
+
+NOUN = {"tap": "tap", "score": "score", "select": "selection"}
+_OPTION_KEYS = frozenset({"rule", "rules"})
+
+
+def check_rule(rule: Rule) -> Iterator[str]:
+    """Raise RuleError at the first thing that cannot work; yield what is odd, each with file and line."""
+    _check_params(rule)
+    made = _check_names(rule)
+    used: set[str] = set()
+    for step in rule.steps:
+        _check_expressions(step, rule)
+        for field, kind, name in _references(step):
+            _check_reference(step, field, kind, name, made, rule)
+            used.add(name)
+    if all(step.makes for step in rule.steps):
+        raise RuleError("no step changes the model", where=rule.place("steps"), remedy="end the rule with a drop step")
+    yield from _unused(rule, made, used)
+
+
+def _check_params(rule: Rule) -> None:
+    for name, param in rule.params.items():
+        place = rule.place("params", name)
+        if name in _OPTION_KEYS | RESERVED_NAMES:
+            raise RuleError(f"'{name}' cannot be the name of a parameter", where=place, remedy="choose another name")
+        try:
+            param.convert(param.default)
+        except TokredError as error:
+            cause = f"default of parameter '{name}': {error.cause}"
+            place = rule.place("params", name, "default")
+            raise RuleError(cause, where=place, found=error.found, remedy=error.remedy) from None
+
+
+def _check_names(rule: Rule) -> dict[str, Step]:
+    made: dict[str, Step] = {}
+    for step in rule.steps:
+        if not step.makes:
+            continue
+        if step.name in made:
+            where = [f"{rule.path}:{step.line}", f"{rule.path}:{made[step.name].line}"]
+            raise RuleError(f"two steps are named '{step.name}'", where=where, remedy="rename one of them")
+        made[step.name] = step
+    return made
+
+
+def _references(step: Step) -> Iterator[tuple[str, str, str]]:
+    for field, kind in step.refers.items():
+        value = getattr(step, field)
+        for name in (value,) if isinstance(value, str) else value or ():
+            yield field, kind, name
+    if isinstance(step, Score) and step.to and step.to not in REFERENCES:
+        yield "to", "tap", step.to
+
+
+def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[str, Step], rule: Rule) -> None:
+    here = f"{rule.path}:{step.line}"
+    fitting = [other.name for other in made.values() if other.verb == kind and other.line <= step.line]
+    if name not in made:
+        cause = f"'{field}: {name}' of '{step.verb}' names no {NOUN[kind]}"
+        raise RuleError(cause, where=here, remedy=known(name, fitting + list(REFERENCES if field == "to" else ())))
+    maker = made[name]
+    where = [here, f"{rule.path}:{maker.line}"]
+    if maker.verb != kind:
+        cause = f"'{name}' is a {NOUN[maker.verb]}, and '{field}' of '{step.verb}' takes a {NOUN[kind]}"
+        raise RuleError(cause, where=where, remedy=known(name, fitting))
+    if rule.steps.index(maker) >= rule.steps.index(step):
+        raise RuleError(
+            f"{NOUN[kind]} '{name}' is used before it is made", where=where, remedy="move the step that makes it up"
+        )
+
+
+def _check_expressions(step: Step, rule: Rule) -> None:
+    place = f"{rule.path}:{step.line}"
+    for field, text in step.given().items():
+        if not has_expression(text):
+            continue
+        try:
+            names = names_in(text)
+        except TokredError as error:
+            raise RuleError(f"'{field}' of '{step.verb}': {error.cause}", where=place, remedy=error.remedy) from None
+        for name in sorted(names - FACTS.keys() - rule.params.keys()):
+            cause = f"unknown name '{name}' in '{field}: {text}' of '{step.verb}'"
+            raise RuleError(cause, where=place, remedy=known(name, [*rule.params, *FACTS]))
+        is_budget = isinstance(step, Select) and field == "keep"
+        for name in sorted(names & rule.params.keys()):
+            if rule.params[name].type == "ratio_or_count" and not is_budget:
+                cause = f"'{name}' is a ratio_or_count, and '{field}' of '{step.verb}' is no budget"
+                raise RuleError(cause, where=place, remedy="use it in keep of a select, or declare it as int or float")
+
+
+def _unused(rule: Rule, made: dict[str, Step], used: set[str]) -> Iterator[str]:
+    for name, step in made.items():
+        if name not in used:
+            yield f"{rule.path}:{step.line}: {NOUN[step.verb]} '{name}' is never used"
+    texts = [text for step in rule.steps for text in step.given().values() if has_expression(text)]
+    asked = set().union(*map(names_in, texts))
+    for name in rule.params:
+        if name not in asked:
+            yield f"{rule.place('params', name)}: parameter '{name}' is never used"

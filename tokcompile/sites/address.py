@@ -1,0 +1,101 @@
+"""Resolve an address of a rule, such as `decoder.2.input`, to a value of this graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from tokcompile.address import Address, parse_address
+from tokcompile.errors import AddressError
+from tokcompile.sites.attention import Attention
+from tokcompile.sites.block import Block, Stack
+from tokcompile.sites.find import Sites
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What an address stands for here: a value, and for an attention address the site.
+
+    `owner` is the stack whose sequence the value belongs to: `vision` for the projector's input.
+    """
+
+    address: str
+    node: Node
+    attention: Attention | None = None
+    owner: str = ""
+
+
+def resolve_address(sites: Sites, text: str) -> Place:
+    """Find the value that an address names.
+
+    Raises:
+        AddressError: it matches nothing; the error lists the addresses that this graph has.
+    """
+    address = parse_address(text)
+    if address.stack in ("projector", "splice", "embedding", "head"):
+        return _single(sites, address, text)
+    stack = sites.stacks.get(address.stack)
+    if stack is None:
+        raise _missing(sites, text, f"this graph has no {address.stack} stack")
+    if address.index is None:
+        node = stack.blocks[0].input if address.part == "input" else stack.blocks[-1].output
+        return Place(text, node, owner=stack.name)
+    block = _block(sites, stack, address, text)
+    if address.part == "attention":
+        return Place(text, block.attention.node, block.attention, stack.name)
+    return Place(text, block.input if address.part == "input" else block.output, owner=stack.name)
+
+
+def _block(sites: Sites, stack: Stack, address: Address, text: str) -> Block:
+    index = stack.features if address.index == "features" else address.index
+    if not isinstance(index, int) or not -len(stack.blocks) <= index < len(stack.blocks):
+        raise _missing(sites, text, f"{stack.name} has {len(stack.blocks)} blocks, 0 to {len(stack.blocks) - 1}")
+    if address.part not in ("attention", "input", "output"):
+        raise _missing(sites, text, f"'{address.part}' is not a value that this step can read")
+    return stack.blocks[index]
+
+
+def _single(sites: Sites, address: Address, text: str) -> Place:
+    if address.stack == "projector" and sites.projector is not None:
+        node = sites.projector.input if address.part == "input" else sites.projector.output
+        return Place(text, node, owner="vision")
+    if address.stack == "splice" and sites.splice is not None:
+        node = sites.splice.features if address.part == "input" else sites.splice.node
+        return Place(text, node, owner="vision" if address.part == "input" else "decoder")
+    if address.stack == "embedding" and sites.embedding is not None:
+        return Place(text, sites.embedding, owner="decoder")
+    if address.stack == "head" and sites.head is not None:
+        return Place(text, sites.head.args[0], owner="decoder")
+    raise _missing(sites, text, f"this graph has no {address.stack}")
+
+
+def addresses(sites: Sites) -> list[str]:
+    """The addresses that a rule may use on this graph, block numbers as ranges."""
+    found = []
+    for name, stack in sites.stacks.items():
+        last = len(stack.blocks) - 1
+        span = f"{name}.0..{last}" if last else f"{name}.0"
+        found += [f"{span}.input", f"{span}.attention", f"{span}.output"]
+    for name, site in (("projector", sites.projector), ("splice", sites.splice)):
+        if site is not None:
+            found += [f"{name}.input", f"{name}.output"]
+    if sites.embedding is not None:
+        found.append("embedding.output")
+    if sites.head is not None:
+        found.append("head.input")
+    return found
+
+
+def _missing(sites: Sites, text: str, why: str) -> AddressError:
+    have = ", ".join(addresses(sites)) or "no attention sites at all"
+    return AddressError(f"address '{text}' matches nothing: {why}", found=f"this graph has {have}",
+                        remedy=_hint(sites))
+
+
+def _hint(sites: Sites) -> str:
+    if not sites.stacks:
+        return "the graph may be one piece of a model that Dynamo split: see the capture notes in the README"
+    if sites.loose:
+        return f"{len(sites.loose)} attention sites stand on no residual stream and cannot be addressed"
+    return "list them with `tokred sites MODEL`"

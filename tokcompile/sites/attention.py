@@ -1,0 +1,115 @@
+"""Attention sites: a fused call, a registered `tokred::attention`, or matmul, scale, mask, softmax, matmul by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tokcompile.axes.rules import arg
+
+aten = torch.ops.aten
+_THROUGH = {aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.softmax.Dim if hasattr(aten.softmax, "Dim") else None}
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention computation.
+
+    Attributes:
+        node: its result, [B, H, Tq, D].
+        query, key, value: [B, H, Tq, D], [B, H or Hkv, Tk, D], [B, H or Hkv, Tk, Dv], after rotary, norm and cache.
+        mask: bool (True attends) or additive, broadcastable to [B, H, Tq, Tk]; None without one.
+        padding: two-dimensional padding mask [B, Tk or longer] of a registered attention; None without one.
+        scale: what scores are multiplied by.
+        is_causal: the flag of the fused call.
+        softcap: tanh cap of the scores, 0 without one.
+        key_transposed: `key` is [B, H, D, Tk], as written-out attention may have it.
+    """
+
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None = None
+    padding: Node | None = None
+    scale: float = 1.0
+    is_causal: bool = False
+    softcap: float = 0.0
+    key_transposed: bool = False
+
+
+def find_attention(graph: Graph) -> list[Attention]:
+    """All attention sites, in graph order."""
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        site = _fused(node) or _registered(node) or _by_hand(node)
+        if site is not None:
+            found.append(site)
+    return found
+
+
+def _default_scale(query: Node) -> float:
+    return float(query.meta["val"].shape[-1]) ** -0.5
+
+
+def _fused(node: Node) -> Attention | None:
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    scale = node.kwargs.get("scale")
+    return Attention(
+        node, *node.args[:3], mask=arg(node, 3, "attn_mask"), is_causal=bool(arg(node, 5, "is_causal", False)),
+        scale=_default_scale(node.args[0]) if scale is None else float(scale),
+    )
+
+
+def _registered(node: Node) -> Attention | None:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name != "tokred::attention":
+        return None
+    query, key, value, padding, scale, causal = node.args[:6]
+    return Attention(node, query, key, value, padding=padding, scale=float(scale), is_causal=bool(causal))
+
+
+def _skip(node: Any) -> Any:
+    while isinstance(node, Node) and node.target in _THROUGH:
+        node = node.args[0]
+    return node
+
+
+def _by_hand(node: Node) -> Attention | None:
+    """matmul(softmax(cap(q k^T * scale) + mask), v), each part but the products and the softmax optional."""
+    if node.target not in (aten.matmul.default, aten.bmm.default):
+        return None
+    weights, value = _skip(node.args[0]), node.args[1]
+    if not isinstance(weights, Node) or weights.target not in _SOFTMAX:
+        return None
+    scores, mask, scale, cap = _skip(weights.args[0]), None, 1.0, 0.0
+    if scores.target is aten.add.Tensor:
+        scores, mask = _skip(scores.args[0]), scores.args[1]
+    scores, outer, _ = _scaled(scores)
+    if scores.target is aten.tanh.default:
+        cap = outer
+        scores, scale, _ = _scaled(_skip(scores.args[0]))
+        scale *= cap  # tanh(scores * scale / cap) * cap: the inner factor carries both
+    else:
+        scale = outer
+    if scores.target not in (aten.matmul.default, aten.bmm.default):
+        return None
+    query, key = scores.args
+    transposed = not (key.target is aten.transpose.int and {d % 4 for d in key.args[1:]} == {2, 3})
+    return Attention(node, query, key if transposed else key.args[0], value, mask=mask, scale=scale, softcap=cap,
+                     key_transposed=transposed)
+
+
+def _scaled(node: Node) -> tuple[Node, float, bool]:
+    """Take one multiplication or division by a number off; (inner, factor, found)."""
+    if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
+        return _skip(node.args[0]), float(node.args[1]), True
+    if node.target is aten.div.Tensor and isinstance(node.args[1], (int, float)):
+        return _skip(node.args[0]), 1.0 / float(node.args[1]), True
+    return node, 1.0, False

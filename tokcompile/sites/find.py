@@ -1,0 +1,141 @@
+"""Find all sites of a program and give its stacks their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from tokcompile.program import Program
+from tokcompile.sites.attention import Attention, find_attention
+from tokcompile.sites.block import Block, Stack, find_stacks
+from tokcompile.sites.cache import Cache, find_cache
+from tokcompile.sites.projector import Projector, find_projector
+from tokcompile.sites.reach import Reach
+from tokcompile.sites.rotary import Rotary, find_rotary
+from tokcompile.sites.splice import CONVOLUTIONS, Splice, find_splice
+
+aten = torch.ops.aten
+_COMPARE = {aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor, aten.triu.default, aten.tril.default,
+            aten.le.Scalar, aten.ge.Scalar}
+
+
+@dataclass
+class Sites:
+    """Everything that a rule can address in one program.
+
+    Attributes:
+        stacks: by name, `vision`, `decoder` or `encoder` (a second one of a kind gets a number).
+        loose: attention sites that belong to no residual stream.
+        phase: `prefill`, or `decode` when the decoder reads a cache that already holds tokens.
+    """
+
+    attentions: list[Attention]
+    stacks: dict[str, Stack]
+    loose: list[Attention]
+    splice: Splice | None
+    projector: Projector | None
+    rotary: dict[str, list[Rotary]]
+    caches: dict[Block, Cache]
+    padding: Node | None
+    embedding: Node | None
+    head: Node | None
+    reach: Reach = field(repr=False)
+
+    @property
+    def phase(self) -> str:
+        """Whether this graph begins a sequence or continues one."""
+        return "decode" if any(c.past is not None for c in self.caches.values()) else "prefill"
+
+    def text_stack(self) -> tuple[str, Stack] | None:
+        """The stack that reads token embeddings: the decoder, else the encoder."""
+        for name in ("decoder", "encoder"):
+            if name in self.stacks:
+                return name, self.stacks[name]
+        return None
+
+
+def find_sites(program: Program) -> Sites:
+    """Match every site of a program, by structure alone."""
+    graph = program.graph
+    reach = Reach(graph)
+    attentions = find_attention(graph)
+    splice = find_splice(graph, reach)
+    found = find_stacks(attentions, reach, program.output)
+    outputs = set(program.output.all_input_nodes)
+    caches = {b: c for s in found for b in s.blocks if (c := find_cache(b, outputs)) is not None}
+    stacks = _named(found, splice, caches, reach)
+    vision = stacks.get("vision")
+    projector = find_projector(vision, splice, reach) if vision and splice else None
+    strung = {b.attention for s in found for b in s.blocks}
+    sites = Sites(attentions, stacks, [a for a in attentions if a not in strung], splice, projector,
+                  {name: find_rotary(s, reach) for name, s in stacks.items()}, caches, None, None, None, reach)
+    text = sites.text_stack()
+    if text is not None:
+        sites.padding = _padding(program, text[1], reach)
+        sites.embedding = _embedding(program, text[1], reach)
+        sites.head = _head(text[1], program.output, reach)
+    return sites
+
+
+def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache], reach: Reach) -> dict[str, Stack]:
+    images = [n for n in reach.order if n.target in CONVOLUTIONS]
+    out: dict[str, Stack] = {}
+    for stack in found:
+        entry = stack.blocks[0].input
+        spliced = splice is not None and reach.above(splice.node, entry)
+        if reach.any_above(entry, images) and not spliced:
+            kind = "vision"
+        elif any(b in caches for b in stack.blocks) or _causal(stack.blocks[0].attention, reach):
+            kind = "decoder"
+        else:
+            kind = "encoder"
+        name, count = kind, 1
+        while name in out:
+            count += 1
+            name = f"{kind}{count}"
+        stack.name = name
+        out[name] = stack
+    return out
+
+
+def _causal(site: Attention, reach: Reach) -> bool:
+    if site.is_causal:
+        return True
+    if site.mask is None:
+        return False
+    return any(n.target in _COMPARE for n in reach.ancestors([site.mask]) if not reach.above(n, site.query))
+
+
+def _padding(program: Program, stack: Stack, reach: Reach) -> Node | None:
+    """The caller's two-dimensional padding mask: an integer or bool input that reaches attention as a mask only."""
+    site = stack.blocks[0].attention
+    mask = site.padding if site.padding is not None else site.mask
+    if mask is None:
+        return None
+    for node in program.inputs():
+        val = node.meta["val"]
+        if isinstance(val, torch.Tensor) and val.ndim == 2 and not val.dtype.is_floating_point \
+                and reach.above(node, mask) and not reach.above(node, stack.blocks[0].input):
+            return node
+    return None
+
+
+def _embedding(program: Program, stack: Stack, reach: Reach) -> Node | None:
+    """The token embedding lookup: its indices come from the caller."""
+    inputs = program.inputs()
+    for node in reach.order:
+        if node.target is aten.embedding.default and reach.any_above(node.args[1], inputs) \
+                and reach.above(node, stack.blocks[0].input):
+            return node
+    return None
+
+
+def _head(stack: Stack, output: Node, reach: Reach) -> Node | None:
+    """The last linear map between the stack and an output of the graph."""
+    stream = stack.blocks[-1].output
+    for node in reversed(list(reach.order)):
+        if node.target is aten.linear.default and node in output.all_input_nodes and reach.above(stream, node):
+            return node
+    return None

@@ -1,0 +1,40 @@
+"""Splice sites: where image features are scattered among text embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from tokcompile.sites.reach import Reach
+
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+                aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding}
+
+
+@dataclass(frozen=True, eq=False)
+class Splice:
+    """Image features among text embeddings.
+
+    Attributes:
+        node: the spliced embeddings, [B, T, C].
+        embeddings: those of the text, [B, T, C].
+        mask: bool, True where a feature goes, [B, T, 1] or [B, T, C].
+        features: the rows put there in order, [n, C] or [B, N, C].
+    """
+
+    node: Node
+    embeddings: Node
+    mask: Node
+    features: Node
+
+
+def find_splice(graph: Graph, reach: Reach) -> Splice | None:
+    """The first place where values that come from an image are scattered among embeddings."""
+    images = [n for n in graph.nodes if n.target in CONVOLUTIONS]
+    for node in graph.nodes:
+        if node.target is aten.masked_scatter.default and reach.any_above(node.args[2], images):
+            return Splice(node, *node.args[:3])
+    return None

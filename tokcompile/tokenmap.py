@@ -1,0 +1,228 @@
+"""Apply a token map: cut a sequence at one value and let everything downstream follow.
+
+Values after the cut live on the new axis: their shape literals are repaired. Values that were made on the old axis and
+enter the region from outside (masks on rows and columns, rotary tables, embeddings at the splice) are gathered by the
+map's source indices, once each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tokcompile import positional
+from tokcompile.axes import Dim, product, resolve
+from tokcompile.edit import Editor, Length
+from tokcompile.errors import EditError
+from tokcompile.positions import positions_of, renumber
+from tokcompile.program import place
+from tokcompile.shapes import contains, repair
+from tokcompile.sites import Sites
+
+aten = torch.ops.aten
+tokred = torch.ops.tokred
+_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """What one edit does to a sequence.
+
+    Attributes:
+        axis, rows: atoms of the old token axis and of the batch rows (`()` for a batch of one).
+        source: int64 [B, T']: the old token that each new one stands for, ascending.
+        keep: bool [B, T]: the old tokens that stay.
+        old, new: T and T'.
+        positions: `keep` or `compact`, what happens to rotary coordinates.
+    """
+
+    axis: Dim
+    rows: Dim
+    source: Node
+    keep: Node
+    old: Length
+    new: Length
+    positions: str = "keep"
+
+
+class Transport:
+    """One application of a token map to a graph."""
+
+    def __init__(self, editor: Editor, sites: Sites) -> None:
+        self.editor = editor
+        self.axes = editor.program.axes
+        self.splice = sites.splice
+        self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
+        self.edited: dict[Node, list[TokenMap]] = {}
+        self.cloned: dict[tuple[Node, int], Node] = {}
+        self._dims: dict[Node, list[Dim]] = {}
+        self._moved: dict[tuple[Node, int], Node] = {}
+
+    def of(self, node: Node) -> list[Dim]:
+        """Dimensions of a value on the old axes."""
+        return [resolve(d) for d in self._dims[node]] if node in self._dims else self.axes.of(node)
+
+    def where(self, node: Node, axis: Dim) -> list[int]:
+        """Dimensions of a value that contain an axis."""
+        wanted = resolve(axis)
+        return [i for i, dim in enumerate(self.of(node)) if contains(dim, wanted)]
+
+    def apply(self, cut: Node, token_map: TokenMap) -> Node:
+        """Cut at a value and rewrite everything that depends on it.
+
+        Args:
+            cut: the value at which tokens are taken out; it holds the map's axis once.
+
+        Returns:
+            The value after the cut.
+
+        Raises:
+            EditError: something downstream cannot follow; the error names it.
+        """
+        spots = self.where(cut, token_map.axis)
+        if len(spots) != 1:
+            raise EditError("the place of the edit does not hold the token axis once", where=[place(cut)],
+                            found=f"{product(token_map.axis)} tokens in a value {tuple(cut.meta['val'].shape)}")
+        users = [u for u in cut.users if u not in self.editor.made]
+        with self.editor.after([cut, token_map.source]):
+            content, _, _ = self.move_dim(cut, token_map, spots[0])
+        early = [u for u in users if u._sort_key < content._sort_key]
+        if early:
+            raise EditError("tokens would be dropped before they are chosen", where=[place(early[0])],
+                            found="the scores are computed after the place of the drop",
+                            remedy="drop later, or score earlier")
+        for user in users:
+            self.editor.swap_input(user, cut, content)
+        self.mark(content, token_map, self.axes.of(cut))
+        self._walk(content)
+        return content
+
+    def mark(self, node: Node, token_map: TokenMap, dims: list[Dim] | None = None) -> None:
+        """Note that a value lives on the new axis of a map."""
+        self.edited.setdefault(node, []).append(token_map)
+        if dims is not None:
+            self._dims[node] = dims
+
+    def _walk(self, start: Node) -> None:
+        order = list(self.editor.program.graph.nodes)
+        for node in order[order.index(start) + 1:]:
+            if node.op != "output" and node not in self.editor.made and any(
+                    a in self.edited for a in node.all_input_nodes):
+                self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        if node.target in _SIZES:
+            self._old_size(node)
+            return
+        if node in self.axes.unknown:
+            raise EditError(f"no axis rule for '{node.target}', which the edit reaches", where=[place(node)],
+                            remedy="add a rule for it to tokcompile/axes/rules.py")
+        if positional.makes_values(node):  # reads only the dtype of its input
+            return
+        for token_map in dict.fromkeys(m for a in node.all_input_nodes for m in self.edited.get(a, [])):
+            self._follow(node, token_map)
+
+    def _follow(self, node: Node, token_map: TokenMap) -> None:
+        """Bring one operator to the new axis."""
+        with self.editor.before(node):
+            if self._enters_splice(node, token_map):
+                token_map = positional.spliced(self, node, token_map)
+            derived = positional.follow(self, node, token_map)
+            if derived is None:
+                for value in list(node.all_input_nodes):
+                    if token_map not in self.edited.get(value, []):
+                        self._bring(node, value, token_map)
+        token_map = derived or token_map
+        if self._holds(node, token_map.axis):
+            self.mark(node, token_map)
+        if derived is None:
+            repair(self, node, token_map)
+
+    def _enters_splice(self, node: Node, token_map: TokenMap) -> bool:
+        return self.splice is not None and node is self.splice.node and token_map in self.edited.get(node.args[2], [])
+
+    def _holds(self, node: Node, axis: Dim) -> bool:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            return bool(self.where(node, axis))
+        lists = self.axes.context.dims.get(node, [])
+        return any(contains(resolve(d), resolve(axis)) for dims in lists for d in dims)
+
+    def _bring(self, user: Node, value: Node, token_map: TokenMap) -> None:
+        """Let a value from outside the region follow the map before its user reads it."""
+        if not isinstance(value.meta.get("val"), torch.Tensor) or not self.where(value, token_map.axis):
+            return
+        key = (value, id(token_map))
+        if key not in self._moved:
+            self._moved[key] = self._move(value, token_map)
+            self.mark(self._moved[key], token_map, self.of(value))
+        self.editor.swap_input(user, value, self._moved[key])
+
+    def _move(self, value: Node, token_map: TokenMap) -> Node:
+        if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
+            positions = positions_of(self, value, token_map)
+            if positions is not None:
+                return renumber(self, value, positions, token_map)
+        moved = value
+        for spot in self.where(value, token_map.axis):
+            moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))
+        return moved
+
+    def move_dim(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim] | None = None,
+                 ) -> tuple[Node, int, int]:
+        """Gather one dimension of a value by the map.
+
+        Returns:
+            The new value, and its token and batch dimensions. A value without a batch dimension gets one in front,
+            unless the batch is one row.
+        """
+        dims = dims or self.of(value)
+        if dims[spot] != resolve(token_map.axis):
+            return self._move_flat(value, token_map, spot, dims[spot]), spot, spot
+        batch = self._batch(value, dims, spot, token_map)
+        if batch >= 0:
+            return self.editor.call(tokred.gather_tokens.default, value, token_map.source, spot, batch), spot, batch
+        wide = self.editor.call(aten.unsqueeze.default, value, 0)
+        moved = self.editor.call(tokred.gather_tokens.default, wide, token_map.source, spot + 1, 0)
+        if token_map.rows:
+            return moved, spot + 1, 0
+        return self.editor.call(aten.squeeze.dim, moved, 0), spot, 0
+
+    def _batch(self, value: Node, dims: list[Dim], spot: int, token_map: TokenMap) -> int:
+        rows = resolve(token_map.rows)
+        for position, dim in enumerate(dims):
+            if rows and dim == rows:
+                return position
+        free = [i for i, dim in enumerate(dims) if not dim and i != spot]
+        if free and free[0] == 0:
+            return 0
+        if dims[0] and spot != 0:
+            raise EditError("a value cannot be gathered row by row", where=[place(value)],
+                            found=f"{tuple(value.meta['val'].shape)} has no batch dimension in front of its tokens")
+        return -1
+
+    def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dim: Dim) -> Node:
+        """Gather a dimension that flattens batch rows and tokens together."""
+        axis, rows = resolve(token_map.axis), resolve(token_map.rows)
+        if dim != (*rows, *axis):
+            raise EditError("the token axis is flattened with another in a way that an edit cannot follow",
+                            where=[place(value)], found=f"dimension {spot} of {tuple(value.meta['val'].shape)}")
+        shape: list[Any] = [self.editor.size(value, i) for i in range(value.meta["val"].ndim)]
+        apart = self.editor.call(aten.reshape.default, value, [*shape[:spot], -1, token_map.old, *shape[spot + 1:]])
+        picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, spot + 1, spot)
+        return self.editor.call(aten.flatten.using_ints, picked, spot, spot + 1)
+
+    def _old_size(self, node: Node) -> None:
+        """A size that the model reads keeps its old value: what is made from it is gathered like everything else."""
+        if not node.users:
+            return
+        value = node.args[0]
+        for token_map in self.edited[value]:
+            if node.target is aten.sym_size.int and node.args[1] not in self.where(value, token_map.axis):
+                continue
+            alone = node.target is aten.sym_size.int and self.of(value)[node.args[1]] == resolve(token_map.axis)
+            if not alone or not isinstance(token_map.old, Node):
+                raise EditError("the model computes with a size that the edit changes", where=[place(node)])
+            self.editor.replace(node, token_map.old)
