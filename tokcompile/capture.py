@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from tokcompile.canonical import canonicalise
+from tokcompile.dynamo import prepare
 from tokcompile.errors import CaptureError
 from tokcompile.program import Program
 
@@ -61,8 +63,6 @@ def _kind(old: Node, fake: Any) -> str:
 def from_export(exported: torch.export.ExportedProgram) -> Program:
     """Read an exported program. Its graph module is copied, so the caller's program stays as it is."""
     kinds = torch.export.graph_signature.InputKind
-    import copy
-
     gm = copy.deepcopy(exported.graph_module)
     fakes = [n.meta.get("val") for n in gm.graph.nodes]
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None) or FakeTensorMode()
@@ -85,30 +85,47 @@ def _finish(program: Program) -> Program:
     return program
 
 
+class _Captured(Exception):
+    """Ends a call once its graph is known."""
+
+
 def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool | None = None) -> list[Program]:
-    """Capture a model with Dynamo on example inputs, without running it.
+    """Capture a model with Dynamo on example inputs.
 
     Args:
-        model: any module; one on the meta device is captured without memory for weights.
+        model: any module. One on the meta device is captured without memory for weights and without being run; it must
+            then be one graph.
         inputs: keyword arguments of its forward.
         dynamic: as for torch.compile.
 
     Returns:
         One program per graph; a model that captures whole gives one.
-    """
-    from tokcompile.dynamo import prepare
 
+    Raises:
+        CaptureError: nothing was captured, or a model on the meta device splits.
+    """
     prepare()
     found: list[Program] = []
+    meta = any(p.is_meta for p in model.parameters())
+
+    def stop(*args: Any) -> Any:
+        raise _Captured
 
     def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found.append(from_dynamo(gm, example_inputs))
-        return gm.forward
+        return stop if meta else gm.forward
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=keep, dynamic=dynamic)(**inputs)
-    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=keep, dynamic=dynamic, fullgraph=meta)(**inputs)
+    except _Captured:
+        pass  # the graph is all that was wanted: a meta model cannot run
+    except torch._dynamo.exc.Unsupported as error:
+        raise CaptureError("the model does not capture as one graph", found=str(error).splitlines()[0],
+                           remedy="see the capture notes in docs/capture.md") from error
+    finally:
+        torch._dynamo.reset()
     if not found:
         raise CaptureError("nothing was captured", found="Dynamo handed over no graph",
                            remedy="check that the model is not itself under torch.compiler.disable")

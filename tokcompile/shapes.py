@@ -113,8 +113,17 @@ def _resized(transport: Transport, value: torch.Tensor, dims: list[Dim], token_m
     for spot in spots:
         shape[spot] = shape[spot] // before * after
     strides = _dense_strides(shape, list(value.stride()))
+    key = (tuple(shape), tuple(strides), value.dtype, value.device)
+    if not all(isinstance(n, int) for n in (*shape, *strides)):
+        return _empty(transport, *key)
+    if key not in transport.values:  # the same few shapes in every layer
+        transport.values[key] = _empty(transport, *key)
+    return transport.values[key]
+
+
+def _empty(transport: Transport, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with transport.editor.program.fake_mode:
-        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _dense_strides(shape: list[Any], old: list[Any]) -> list[Any]:

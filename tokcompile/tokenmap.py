@@ -58,6 +58,7 @@ class Transport:
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
         self.cloned: dict[tuple[Node, int], Node] = {}
+        self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
         self._moved: dict[tuple[Node, int], Node] = {}
 
@@ -154,17 +155,23 @@ class Transport:
         """Let a value from outside the region follow the map before its user reads it."""
         if not isinstance(value.meta.get("val"), torch.Tensor) or not self.where(value, token_map.axis):
             return
+        self.editor.swap_input(user, value, self._brought(value, token_map))
+
+    def _brought(self, value: Node, token_map: TokenMap) -> Node:
         key = (value, id(token_map))
         if key not in self._moved:
             self._moved[key] = self._move(value, token_map)
             self.mark(self._moved[key], token_map, self.of(value))
-        self.editor.swap_input(user, value, self._moved[key])
+        return self._moved[key]
 
     def _move(self, value: Node, token_map: TokenMap) -> Node:
         if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
             positions = positions_of(self, value, token_map)
             if positions is not None:
                 return renumber(self, value, positions, token_map)
+        if value.target is aten.unsqueeze.default and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
+            inner = self._brought(value.args[0], token_map)  # one gather for a table that every layer unsqueezes
+            return self.editor.clone(value, {value.args[0]: inner})
         moved = value
         for spot in self.where(value, token_map.axis):
             moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokcompile.kernels import _attention, attention_received
@@ -104,6 +105,20 @@ def test_no_value_of_all_heads_exists(shared, causal):
     assert any(shape[-2:] == (tokens, tokens) for shape in shapes)
     assert not [shape for shape in shapes if shape.count(tokens) > 1 and len(shape) > 3]
     assert max(torch.Size(shape).numel() for shape in shapes) == 2 * tokens * tokens
+
+
+@pytest.mark.parametrize("heads", ["mean", "max"])
+def test_inductor_holds_the_weights_of_one_head_at_a_time(heads):
+    query, key = torch.randn(1, 6, 300, 8), torch.randn(1, 6, 300, 8)
+
+    def score(query, key):
+        return ops.attention_received(query, key, None, None, 0.3, False, 0.0, heads, "mean")
+
+    torch._dynamo.reset()
+    got, (code, *_) = run_and_get_code(torch.compile(score, fullgraph=True), query, key)
+    torch.testing.assert_close(got, score(query, key), rtol=1e-5, atol=1e-6)
+    # Buffers of one size are reused when the first is free, so the number allocated is the number alive at once.
+    assert code.count("empty_strided_cpu((1, 300, 300)") == 1
 
 
 def test_bad_arguments_are_refused():

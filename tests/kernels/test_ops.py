@@ -54,6 +54,10 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     ),
     "last_valid": (lambda b: (bools(b, 12),), lambda mask: ops.last_valid(mask)),
     "random_scores": (lambda b: (floats(b, 12),), lambda like: ops.random_scores(like, 3)),
+    "splice_values": (
+        lambda b: ((torch.arange(12) % 3 == 0).expand(b, 12).clone(), floats(b, 4)),
+        lambda mask, values: ops.splice_values(mask, values, -1.0),
+    ),
     "token_norm": (lambda b: (floats(b, 12, 4),), lambda x: ops.token_norm(x, 2.0)),
     "token_cosine": (lambda b: (floats(b, 12, 4), floats(b, 4)), lambda x, r: ops.token_cosine(x, r)),
 }

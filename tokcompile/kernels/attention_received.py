@@ -1,9 +1,9 @@
 """tokred::attention_received: how much attention each key gets, without the attention matrix of all heads.
 
-Cost under Inductor on one CPU core, relative to one F.scaled_dot_product_attention on the same q, k and v: RATIOS.
-Slower when tried: a log-sum-exp pass and then exp (1.3 times); softmax and then a sum (1.2 times); the column sum as a
-pointwise product and a reduction (1.2 to 1.5 times). All heads in one batch is as fast at best, and takes the memory
-that this op is there to save.
+Cost under Inductor, relative to one F.scaled_dot_product_attention on the same q, k and v (float32, AVX2, one core, and
+two shared ones alike): 0.85 at B 32, H 4, T 197, D 32; 0.7 at B 1, H 16, T 577, D 64. Slower when tried: a log-sum-exp
+pass and then exp; softmax and then a sum; the column sum as a pointwise product and a reduction. All heads in one batch
+was no faster, and takes the memory that this op is there to save.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def reference(
         plane = None if hidden is None else hidden[:, head if hidden.shape[1] != 1 else 0]
         of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap)
         if heads == "max":
-            # Probabilities are not negative, so zeros are a neutral start for a maximum as for a sum.
-            total = torch.maximum(total, _add_columns(total, False, *of_head))
+            # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _add_columns.
+            total = torch.maximum(total, _add_columns(total.clamp(max=0), *of_head))
         else:
-            total = _add_columns(total, True, *of_head)
+            total = _add_columns(total, *of_head)
     counted = query.shape[2] if rows is None else rows.sum(1, keepdim=True).clamp(min=1)
     divisor = (query.shape[1] if heads == "mean" else 1) * (counted if reduce == "mean" else 1)
     return total.squeeze(1) / divisor
@@ -72,7 +72,6 @@ def reference(
 
 def _add_columns(
     total: Tensor,
-    keep: bool,
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
@@ -80,11 +79,11 @@ def _add_columns(
     is_causal: bool,
     softcap: float,
 ) -> Tensor:
-    """Column sums [B, 1, Tk] of one head, on top of `total` if `keep`.
+    """Add one head's column sums to total [B, 1, Tk].
 
-    query is [B, Tq, D], already scaled, mask [B or 1, Tq or 1, Tk or 1]. `total` is an operand even when its values are
-    not wanted: the chain makes a compiler take the blocks one after the other. Left independent (or as a product
-    without accumulation, which Inductor turns into a reduction), their sums fuse and keep the weights of all heads alive.
+    query is [B, Tq, D], already scaled, mask [B or 1, Tq or 1, Tk or 1]. Accumulating chains the blocks, so that a
+    compiler takes one after the other. Of separate products Inductor makes reductions, fuses these over all heads and
+    so keeps the weights of all heads alive.
     """
     tokens = query.shape[1]
     block = _block_rows(tokens, key.shape[1])
@@ -98,7 +97,7 @@ def _add_columns(
         if rows is not None:
             factor = torch.where(rows[:, part, None], factor, 0.0)
         # Dividing by the row sums and adding up the rows is one product.
-        total = torch.baddbmm(total, factor.transpose(1, 2), weights, beta=1 if keep or start > 0 else 0)
+        total = torch.baddbmm(total, factor.transpose(1, 2), weights)
     return total
 
 

@@ -1,0 +1,78 @@
+"""The Python API: compile a model with rules, take it back, rewrite an exported program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokcompile import attention
+from tokcompile.capture import from_export
+from tokcompile.dynamo import prepare
+from tokcompile.errors import RuleError
+from tokcompile.pipeline import apply_rules
+from tokcompile.rulefile import parse_rules
+
+_BEFORE = "_tokcompile_attention_before"
+
+
+def compile(model: torch.nn.Module, rule: str | Path | None = None, *, rules: Sequence[Any] | None = None,
+            target: str = "inductor", dynamic: bool | None = None, **params: Any) -> torch.nn.Module:
+    """Compile a model in place under rules, ready for `model(...)` and `model.generate(...)`.
+
+    The same as `model.compile(backend="tokred", options=...)`, and in addition a transformers model with full attention
+    gets an attention implementation whose mask fits layers with caches of different lengths, as a drop in the middle of
+    the decoder makes them. `restore` takes both back.
+
+    Args:
+        model: an unmodified model.
+        rule: name of a library rule or path of a rule file; its parameters follow as keywords.
+        rules: several rules, in order, each a name or a mapping with `rule` and its parameters.
+        target: `inductor`, `eager` or `aot_eager`.
+        dynamic: as for torch.compile.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        RuleError: the rule or an option is wrong.
+    """
+    if (rule is None) == (rules is None):
+        raise RuleError("compile needs one of 'rule' and 'rules'", remedy='tokcompile.compile(model, rule="hiprune")')
+    options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
+    options |= params
+    parse_rules(options, reserved=("record", "replay", "report"))
+    prepare()
+    before = attention.install(model)
+    if before is not None:
+        setattr(model, _BEFORE, before)
+    model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target})
+    return model
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `compile`: the model runs as before."""
+    before = model.__dict__.pop(_BEFORE, None)
+    if before is not None:
+        attention.restore(model, before)
+    model._compiled_call_impl = None
+    return model
+
+
+def rewrite(exported: torch.export.ExportedProgram, rule: str | Path | None = None, *,
+            rules: Sequence[Any] | None = None, **params: Any) -> torch.export.ExportedProgram:
+    """Rewrite an exported program by rules; the result is a valid exported program, the given one stays as it is.
+
+    Args:
+        exported: from `torch.export.export`.
+        rule, rules, params: as for `compile`.
+
+    Raises:
+        TokredError: the rule is wrong, or its edit cannot be done soundly on this graph.
+    """
+    options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
+    program = from_export(exported)
+    apply_rules(program, parse_rules({**options, **params}))
+    return exported._update(program.gm, exported.graph_signature)

@@ -1,0 +1,85 @@
+"""tokcompile's attention implementation for transformers: one operator per attention, under the caller's own mask.
+
+transformers builds one mask per step, sized by the first layer's cache. Once layers hold caches of different lengths,
+that mask fits only some of them, and Dynamo refuses the graph before any backend sees it. transformers' official
+registries (AttentionInterface, AttentionMaskInterface) let an implementation take the caller's two-dimensional mask
+instead, which fits every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tokcompile.kernels  # noqa: F401  registers tokred::attention
+from tokcompile.errors import CaptureError
+
+NAME = "tokred"
+
+
+def install(model: torch.nn.Module) -> str | None:
+    """Let a transformers model use the implementation.
+
+    Returns:
+        The implementation that the model used before, None when it is not a transformers model or chooses none.
+
+    Raises:
+        CaptureError: the model masks attention in a way that this implementation does not carry.
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        return None
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    before = text._attn_implementation
+    if before != "sdpa" or _windowed(text):
+        return None
+    _register()
+    _set(model, text, NAME)
+    return before
+
+
+def restore(model: torch.nn.Module, before: str) -> None:
+    """Give a model the attention implementation back that it had before `install`."""
+    _set(model, model.config.get_text_config(), before)
+
+
+def _set(model: torch.nn.Module, text: Any, name: str) -> None:
+    # Only the text model's: a vision tower has no cache, and keeps its own.
+    for module in model.modules():
+        if getattr(module, "config", None) is text and hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation(name)
+            return
+    raise CaptureError("the text model of this model was not found", found=type(model).__name__)
+
+
+def _windowed(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """Hand the two-dimensional padding mask through, whole."""
+    del args, kwargs
+    return attention_mask
+
+
+def _attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+            attention_mask: torch.Tensor | None, scaling: float | None = None, is_causal: bool | None = None,
+            **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface: query [B, H, Tq, D], result [B, Tq, H, D] and no weights."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and attention_mask.dim() == 2:
+        out = torch.ops.tokred.attention(query, key, value, attention_mask, scale, causal)
+        return out.transpose(1, 2).contiguous(), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal,
+                                  **kwargs)
