@@ -37,7 +37,7 @@ train: setup
 
 # Writes docs/rule.schema.json from the models in tokcompile/rulefile.py.
 schema: setup
-	$(BIN)/python -m tokcompile.rulefile > docs/rule.schema.json
+	$(BIN)/python -c 'import json; from tokcompile.rulefile import json_schema; print(json.dumps(json_schema(), indent=2))' > docs/rule.schema.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

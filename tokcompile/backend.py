@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import GraphModule
 
+from tokcompile.applied import Applied
 from tokcompile.capture import from_dynamo
 from tokcompile.dynamo import prepare
 from tokcompile.errors import RuleError
 from tokcompile.lower import TARGETS, lower
-from tokcompile.pipeline import Applied, apply_rules
+from tokcompile.pipeline import apply_rules
+from tokcompile.program import Program
 from tokcompile.recording import Recording, record, replay
 from tokcompile.rulefile import parse_rules, rule_names
+from tokcompile.sites import find_sites
 
 RESERVED = ("target", "record", "replay", "report")
 """Options that are not a rule's parameters."""
@@ -51,6 +55,7 @@ def tokred(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     rules = parse_rules(options, reserved=RESERVED)
     program = from_dynamo(gm, example_inputs)
     applied = apply_rules(program, rules)
+    _warn_of_masks(program, applied)
     if options.get("report") is not None:
         options["report"].graphs.append(applied)
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled  # noqa: E731
@@ -59,6 +64,19 @@ def tokred(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     if isinstance(options.get("record"), Recording) and applied[0].phase == "prefill":
         wrap = record(program, options["record"])
     return wrap(lower(program.gm, example_inputs, options.get("target", "inductor")))
+
+
+def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:
+    """Say before `generate` fails in Dynamo that its one mask will not fit all layers."""
+    if applied[0].phase != "prefill":
+        return
+    sites = find_sites(program)
+    lengths = {str(c.key.meta["val"].shape[2]) for c in sites.caches.values()}
+    if len(lengths) > 1 and any(b.attention.mask is not None for b in sites.caches):
+        warnings.warn(
+            f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a padding "
+            "mask. One forward is right; to go on from these caches (generate), compile with "
+            "tokcompile.compile(model, rule=...), which brings a mask that fits every layer", stacklevel=2)
 
 
 __all__ = ["RESERVED", "TARGETS", "Report", "tokred"]

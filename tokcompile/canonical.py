@@ -17,7 +17,6 @@ _CASTS = {
     aten.alias.default,
     aten.contiguous.default,
 }
-_END = 2**62
 
 
 def canonicalise(graph: Graph) -> int:
@@ -70,14 +69,11 @@ def _wants_copy(node: Node) -> bool:
 
 
 def _whole(node: Node) -> bool:
+    """Whether a slice returns all of its input: its result is as long, as that of a window wider than the sequence."""
     args = [*node.args[1:], *[None] * 4][:4]
-    dim, start, end, step = (node.kwargs.get(n, a) for n, a in zip(("dim", "start", "end", "step"), args, strict=True))
-    return (
-        start in (None, 0)
-        and step in (None, 1)
-        and (end is None or (isinstance(end, int) and end >= _END))
-        and isinstance(dim or 0, int)
-    )
+    dim, step = (node.kwargs.get(n, a) for n, a in zip(("dim", "step"), (args[0], args[3]), strict=True))
+    before, after = (n.meta["val"].shape[dim or 0] for n in (node.args[0], node))
+    return step in (None, 1) and same(size_of(before), size_of(after))
 
 
 def _only_operand(node: Node) -> Node | None:

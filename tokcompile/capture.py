@@ -76,9 +76,9 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
 
 def _finish(program: Program) -> Program:
     for node in program.graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta:
+        if node.op == "get_attr" and getattr(node.meta.get("val"), "fake_mode", None) is not program.fake_mode:
             attribute = getattr(program.gm, node.target, None)
-            if isinstance(attribute, torch.Tensor):
+            if isinstance(attribute, torch.Tensor):  # make_fx gives constants a fake value of another mode
                 node.meta["val"] = program.fake_mode.from_tensor(attribute)
     canonicalise(program.graph)
     program.gm.recompile()

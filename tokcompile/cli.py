@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import yaml
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tokcompile.errors import TokredError
+from tokcompile.errors import RuleError, TokredError
 
 app = typer.Typer(
     name="tokred",
@@ -116,6 +120,108 @@ def check(file: RulePath, as_json: AsJson = False) -> None:
     for warning in loaded.warnings:
         typer.echo(f"warning: {warning}")
     typer.echo(f"{loaded.path}: rule '{loaded.name}' is fine")
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:NAME, or a Hugging Face folder or id.")]
+Options = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Options of the rule.")]
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show that something long goes on; nothing where output is no terminal."""
+    with progress() as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
+def progress() -> Progress:
+    """Return a progress bar on standard error, silent unless both outputs are terminals."""
+    console = Console(stderr=True)
+    quiet = is_plain() or not console.is_terminal
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=quiet, transient=True)
+
+
+@app.command()
+@shows_errors
+def sites(model: Model, as_json: AsJson = False) -> None:
+    """List what a rule may address in a model: stacks, blocks, tokens, positions, caches."""
+    with waiting(f"capturing {model}"):
+        from tokcompile import modelsource, sitepages
+
+        source, programs = modelsource.capture_source(modelsource.load_source(model))
+        data = sitepages.sites_data(source.name, programs)
+    if as_json:
+        print_json(data)
+    else:
+        print_page(sitepages.render_sites(data, is_plain()))
+
+
+@app.command()
+@shows_errors
+def explain(
+    model: Model,
+    rule: RuleName,
+    options: Options = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of the example batch.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a rule changes in a model: tokens, FLOPs and KV cache of each block, before and after."""
+    from tokcompile.rulefile import load_rule
+
+    instance = load_rule(rule).bind(**key_values(options or []))
+    with waiting(f"capturing {model}"):
+        from tokcompile import modelsource
+
+        explanation = modelsource.explain_source(modelsource.load_source(model, batch), [instance])
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(explanation.to_html(), encoding="utf-8")
+    if as_json:
+        print_json(explanation.to_dict())
+    else:
+        print_page(explanation.to_table(is_plain()))
+        if html is not None:
+            typer.echo(f"wrote {html}")
+
+
+def key_values(words: list[str]) -> dict[str, Any]:
+    """Read `key=value` words; values as YAML has them, so that 64, 0.5 and 1/3 mean what they mean in a rule file."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise RuleError(f"'{word}' is not an option of a rule", remedy="KEY=VALUE, such as keep=1/3")
+        if key in found:
+            raise RuleError(f"option '{key}' is given twice", found=word)
+        found[key] = yaml.safe_load(value) if value else ""
+    return found
+
+
+@app.command()
+@shows_errors
+def demo(
+    images: Annotated[int, typer.Option(help="Test images.", min=1)] = 512,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("build/demo"),
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, all variants in each.", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a small model trained on real digits by three rules: accuracy, cost, time, and how far from ideal."""
+    from tokcompile import demo as run
+    from tokcompile import demo_page
+
+    settings = run.Settings(images=images, batch=batch, rounds=rounds)
+    with progress() as bar:
+        result = run.run(settings, bar)
+    demo_page.write(result, out)
+    if as_json:
+        print_json(result.report)
+    else:
+        print_page(demo_page.render(result.report, is_plain()))
+        typer.echo(f"wrote {out / 'report.html'} and {out / 'report.json'}")
+
 
 
 def main() -> None:

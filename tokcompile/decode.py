@@ -1,16 +1,24 @@
-"""A graph that continues a sequence: what a rule that pruned the prompt means for each later step."""
+"""A graph that continues a sequence: what a rule that pruned the prompt means for each later step.
+
+The cache that such a graph is given is already short, and tokens are chosen once, in the prefill. What is left are the
+rotary positions of the new tokens. Under `positions: keep` they are what the caller says. Under `compact` they are
+smaller by the number of tokens dropped, which differs from layer to layer as the caches do.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
 
+from tokcompile.address import parse_address
+from tokcompile.applied import Applied
 from tokcompile.binding import RuleInstance
-from tokcompile.edit import Editor, sub
+from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError
+from tokcompile.expr import has_expression, substitute
+from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.sites import Sites
 from tokcompile.steps import Drop
@@ -18,59 +26,78 @@ from tokcompile.steps import Drop
 aten = torch.ops.aten
 
 
-def adapt_decode(program: Program, sites: Sites, instance: RuleInstance, log: list[dict[str, Any]],
-                 counts: Counter[str]) -> None:
+def adapt_decode(program: Program, sites: Sites, instance: RuleInstance, facts: Mapping[str, int],
+                 applied: Applied) -> None:
     """Let a decode step continue after a pruned prompt.
 
-    The cache that the graph is given is already short, and tokens are chosen once, in the prefill. What is left is the
-    position of the new tokens. Under `positions: keep` it is what the caller says. Under `compact` it is smaller by the
-    number of tokens dropped, which is what the padding mask is longer than the first block's keys.
-
     Raises:
-        CaptureError: the new position cannot be known from the inputs.
+        CaptureError: the position of the new tokens cannot be known from the inputs.
     """
-    drops = [s for s in instance.rule.steps if isinstance(s, Drop)]
-    compact = any(s.positions == "compact" for s in drops)
-    for rotary in sites.rotary.get("decoder", []):
-        given = _given(program, sites, rotary.positions)
-        if sites.padding is None:
-            if given and compact or not given and not compact and any(_from_start(s) for s in drops):
-                raise CaptureError(
-                    f"rule '{instance.name}' dropped prompt tokens, and this decode step cannot know its position",
-                    where=[f"{instance.rule.path}:{drops[0].line}"], found="no attention_mask among the inputs",
-                    remedy="pass attention_mask (of the unpruned length), as model.generate does")
-        elif compact and given:
-            _shift(program, sites, rotary.positions, instance, counts)
-            log.append({"verb": "decode", "positions": "compact"})
+    for step in (s for s in instance.rule.steps if isinstance(s, Drop)):
+        first = _first_block(step, instance, facts, len(sites.stacks["decoder"].blocks))
+        if step.positions == "compact":
+            _compact(program, sites, instance, first, applied)
+        elif first == 0:
+            _check_given(program, sites, instance, step)
 
 
-def _given(program: Program, sites: Sites, positions: Node) -> bool:
-    """Whether the caller passes positions, or a mask that they are counted from."""
-    return sites.reach.any_above(positions, [n for n in program.inputs() if n.meta["val"].ndim == 2
-                                             and not n.meta["val"].dtype.is_floating_point])
+def _first_block(step: Drop, instance: RuleInstance, facts: Mapping[str, int], depth: int) -> int:
+    """The first decoder block whose cache a drop shortened."""
+    known = {k: v for k, v in instance.params.items() if not has_expression(v)}
+    address = parse_address(str(substitute(step.at, {**known, **facts})))
+    if address.stack != "decoder" or address.index is None:
+        return 0
+    index = int(address.index)
+    return (index + depth if index < 0 else index) + (address.part == "output")
 
 
-def _from_start(step: Drop) -> bool:
-    """Whether a drop shortens the first block's cache, which transformers counts positions by."""
-    return step.at.startswith(("projector", "splice", "decoder.0.", "decoder.input", "embedding"))
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop) -> None:
+    """Kept positions must come from the caller: counted from the short cache they would be wrong."""
+    inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
+    for rotary in sites.rotary["decoder"]:
+        if not sites.reach.any_above(rotary.positions, inputs):
+            raise CaptureError(
+                f"rule '{instance.name}' dropped prompt tokens, and this decode step counts its position from the cache",
+                where=[f"{instance.rule.path}:{step.line}"], found="neither position_ids nor attention_mask is given",
+                remedy="pass position_ids (of the unpruned sequence), as model.generate does")
 
 
-def _shift(program: Program, sites: Sites, positions: Node, instance: RuleInstance,
-           counts: Counter[str]) -> None:
-    editor = Editor(program, instance.name, counts)
-    users = list(positions.users)
-    with editor.after([positions]):
-        dropped = editor.arithmetic(sub, editor.size(sites.padding, 1), _key_count(editor, sites))
-        moved = editor.call(aten.sub.Tensor, positions, dropped)
-    for user in users:
-        if user in sites.reach.order and any(sites.reach.above(user, t) for r in sites.rotary["decoder"]
-                                             for t in r.tables):
-            editor.swap_input(user, positions, moved)
+def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int, applied: Applied) -> None:
+    blocks = sites.stacks["decoder"].blocks
+    if first >= len(blocks):
+        return
+    editor = Editor(program, instance.name, applied.counts)
+    region = set(sites.reach.forward(blocks[first].input))
+    for rotary in sites.rotary["decoder"]:
+        positions = rotary.positions
+        with editor.after([positions]):
+            done = {positions: _positions(editor, sites, positions, first)}
+        for node in sorted(region, key=sites.reach.order.__getitem__):
+            for table in _tables(node, region, positions, sites):
+                with editor.before(node):
+                    editor.swap_input(node, table, recompute(editor, table, positions, done))
+    applied.steps.append({"verb": "decode", "positions": "compact", "from_block": first})
     program.changed()
 
 
-def _key_count(editor: Editor, sites: Sites) -> Any:
-    """Keys of the first block in this step: those cached and the new ones."""
-    block = sites.stacks["decoder"].blocks[0]
-    past = sites.caches[block].past
-    return editor.arithmetic(lambda a, b: a + b, editor.size(past, 2), editor.size(block.input, 1))
+def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> list[Node]:
+    """Position tables that a block reads."""
+    return [v for v in node.all_input_nodes if v not in region and isinstance(v.meta.get("val"), torch.Tensor)
+            and v.meta["val"].dtype.is_floating_point and v in sites.reach.order and sites.reach.above(positions, v)]
+
+
+def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Node:
+    """Compacted positions of the new tokens, of the shape of the given ones."""
+    block = sites.stacks["decoder"].blocks[first]
+    past, queries = editor.size(sites.caches[block].past, 2), editor.size(block.input, 1)
+    if sites.padding is not None:  # the caller's mask still counts every token of the prompt
+        dropped = editor.arithmetic(lambda mask, old, new: mask - old - new, editor.size(sites.padding, 1), past, queries)
+        return editor.call(aten.sub.Tensor, positions, dropped)
+    if queries == 1:
+        return editor.call(aten.full_like.default, positions, past)
+    dims = editor.program.axes.of(positions)
+    tokens = editor.program.axes.of(block.input)[1]
+    index = editor.call(aten.arange.default, queries, device=positions.meta["val"].device)
+    index = editor.call(aten.add.Tensor, index, past)
+    index = editor.call(aten.view.default, index, [-1 if dim == tokens else 1 for dim in dims])
+    return editor.call(aten.expand.default, index, [editor.size(positions, i) for i in range(len(dims))])

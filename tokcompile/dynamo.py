@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from typing import Any
 
 import torch
 
 _FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 _defaults = {name: getattr(torch._dynamo.config, name) for name in _FLAGS}
+_LINKS = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert")
 
 
 def prepare() -> None:
-    """Set Dynamo's capture flags (unless the user did) and let transformers' hook installer run while tracing.
+    """Set Dynamo's capture flags (unless the user did) and let transformers be traced whole.
 
-    Without the flags, a scalar read or a data-dependent shape splits the graph. Without the second step the first call
-    of a transformers model splits it too: it installs output-capturing hooks under a lock, which Dynamo cannot trace;
-    marked as a constant call, it runs at trace time.
+    Without the flags, a scalar read or a data-dependent shape splits the graph. The first call of a transformers model
+    splits it too: it installs output-capturing hooks under a lock, which Dynamo cannot trace; marked as a constant call,
+    that runs at trace time.
     """
     for name in _FLAGS:
         if getattr(torch._dynamo.config, name) == _defaults[name]:
@@ -24,6 +27,42 @@ def prepare() -> None:
     installer = getattr(module, "maybe_install_capturing_hooks", None)
     if installer is not None and not getattr(installer, "_dynamo_marked_constant", False):
         torch.compiler.assume_constant_result(installer)
+    _keep_vision_in_forward()
+
+
+def _keep_vision_in_forward() -> None:
+    """Let `generate` leave the image to `forward` in models that this backend compiles.
+
+    transformers 5.2x encodes images before `forward` when a model takes ready features, outside of what
+    `model.compile` compiles: a rule that reads vision attention would find no vision stack. Other models, and other
+    backends, are left as they are.
+    """
+    module = _optional("transformers.generation.utils")
+    mixin = getattr(module, "GenerationMixin", None)
+    ask = getattr(mixin, "_supports_mm_encoder_outputs", None)
+    if ask is None or getattr(ask, "_tokcompile", False):
+        return
+
+    @functools.wraps(ask)
+    def supports(self: Any) -> bool:
+        return ask(self) and not compiled_here(self)
+
+    supports._tokcompile = True  # type: ignore[attr-defined]
+    mixin._supports_mm_encoder_outputs = supports
+
+
+def compiled_here(model: torch.nn.Module) -> bool:
+    """Whether `model.compile(backend="tokred")` was called on a model."""
+    call = getattr(model, "_compiled_call_impl", None)
+    code, cells = getattr(call, "__code__", None), getattr(call, "__closure__", None) or ()
+    names = code.co_freevars if code is not None else ()
+    found = dict(zip(names, (c.cell_contents for c in cells), strict=False))
+    link = found.get("callback")
+    while link is not None:
+        if getattr(link, "__module__", "") == "tokcompile.backend":
+            return True
+        link = next((getattr(link, name) for name in _LINKS if hasattr(link, name)), None)
+    return False
 
 
 def _optional(name: str) -> object | None:

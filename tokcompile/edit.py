@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
@@ -79,7 +80,7 @@ class Editor:
     def evaluate(self, node: Node) -> Any:
         """Run a node on the fake values of its arguments."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.program.fake_mode, torch.no_grad():
+        with self.program.fake_mode, enable_python_dispatcher(), torch.no_grad():
             try:
                 return node.target(*args, **kwargs)
             except Exception as error:

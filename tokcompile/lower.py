@@ -6,18 +6,37 @@ ATen operators that they are made of and fuses across them.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
+import tokcompile.kernels
 from tokcompile.errors import LowerError, known
+
+
+@functools.cache
+def operators_tag() -> str:
+    """Hash of the sources of all operators.
+
+    PyTorch's compile caches know an operator by its name only: without this in their keys, code compiled with an older
+    reference of an operator would be used after an upgrade.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(tokcompile.kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f"tokred-{digest.hexdigest()[:16]}"
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + operators_tag()):
+        return compile_fx(gm, list(example_inputs))
 
 
 def _aot_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
+from tokcompile.applied import Applied
 from tokcompile.axes import resolve
 from tokcompile.binding import RuleInstance
 from tokcompile.decode import adapt_decode
@@ -19,25 +17,6 @@ from tokcompile.passes import PASSES, Context
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites
 from tokcompile.verify import verify
-
-
-@dataclass
-class Applied:
-    """What applying one rule did.
-
-    Attributes:
-        rule: its name.
-        steps: one record per step.
-        counts: nodes inserted, rewired and repaired.
-        milliseconds: time spent.
-        phase: `prefill` or `decode`.
-    """
-
-    rule: str
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    milliseconds: float = 0.0
-    phase: str = "prefill"
 
 
 def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool = True) -> list[Applied]:
@@ -58,7 +37,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         sites = find_sites(program)
         applied = Applied(instance.name, phase=sites.phase)
         if sites.phase == "decode":
-            adapt_decode(program, sites, instance, applied.steps, applied.counts)
+            adapt_decode(program, sites, instance, facts(program, sites), applied)
         else:
             _run(program, sites, instance, applied, [d.rule for d in done])
         applied.milliseconds = (time.perf_counter() - start) * 1e3

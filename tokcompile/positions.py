@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
+from tokcompile.edit import Editor
 from tokcompile.shapes import repaired_args
 
 if TYPE_CHECKING:
@@ -56,22 +58,31 @@ def renumber(transport: Transport, value: Node, positions: Node, token_map: Toke
     so positions that start late (left padding) still do.
     """
     compacted = compact(transport, positions, token_map)
-    chain = _between(positions, value)
-    swap = {positions: compacted}
-    for node in chain:
-        key = (node, id(token_map))
-        if key not in transport.cloned:
-            copy = transport.editor.clone(node, swap, repaired_args(transport, node, token_map))
-            transport.cloned[key] = copy
-        swap[node] = transport.cloned[key]
-    return swap[value]
+    done = transport.cloned.setdefault(id(token_map), {})
+    done[positions] = compacted
+    return recompute(transport.editor, value, positions, done, lambda n: repaired_args(transport, n, token_map))
+
+
+def recompute(editor: Editor, value: Node, positions: Node, done: dict[Node, Node],
+              args_of: Callable[[Node], list[Any]] = lambda n: list(n.args)) -> Node:
+    """Compute a value again from new positions.
+
+    Args:
+        value: what is computed from `positions`.
+        done: new values by old ones; holds the new positions, and gets the copies that are made.
+        args_of: arguments of a copy, before inputs are swapped.
+    """
+    for node in _between(positions, value):
+        if node not in done:
+            done[node] = editor.clone(node, done, args_of(node))
+    return done[value]
 
 
 def compact(transport: Transport, positions: Node, token_map: TokenMap) -> Node:
     """New integer positions: those of the kept tokens, less the number of tokens dropped before each."""
-    key = (positions, id(token_map))
-    if key in transport.cloned:
-        return transport.cloned[key]
+    known = transport.cloned.get(id(token_map), {})
+    if positions in known:
+        return known[positions]
     editor = transport.editor
     kept, spot, batch = transport.move_dim(positions, token_map, transport.where(positions, token_map.axis)[0])
     index = editor.call(aten.arange.default, token_map.new, device=positions.meta["val"].device)
@@ -79,8 +90,7 @@ def compact(transport: Transport, positions: Node, token_map: TokenMap) -> Node:
     for dim in range(kept.meta["val"].ndim):
         if dim not in (spot, batch):
             shift = editor.call(aten.unsqueeze.default, shift, dim)
-    transport.cloned[key] = editor.call(aten.sub.Tensor, kept, shift)
-    return transport.cloned[key]
+    return editor.call(aten.sub.Tensor, kept, shift)
 
 
 def _between(start: Node, end: Node) -> list[Node]:

@@ -51,6 +51,15 @@ class Program:
         """Forget what was inferred, after an edit."""
         self._axes = None
 
+    def copy(self) -> Program:
+        """The same graph once more, to be edited apart; values and constants are shared."""
+        graph, twin = torch.fx.Graph(), {}
+        result = graph.graph_copy(self.graph, twin)
+        graph.output(result)
+        graph.output_node().meta.update(self.output.meta)
+        kinds = {twin[node]: kind for node, kind in self.kinds.items()}
+        return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin)
+
     def inputs(self, kind: str = "input") -> list[Node]:
         """Placeholders of one kind, in order."""
         return [n for n in self.graph.nodes if n.op == "placeholder" and self.kinds.get(n) == kind]

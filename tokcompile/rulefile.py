@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -260,7 +259,3 @@ def _explain_one(details: ErrorDetails, place: str) -> RuleError:
     cause = f"{subject}: {context.get('cause', details['msg'])}"
     found = "" if "cause" in context else repr(details["input"])
     return RuleError(cause, where=place, found=found, remedy=context.get("remedy", described or ""))
-
-
-if __name__ == "__main__":
-    print(json.dumps(json_schema(), indent=2))

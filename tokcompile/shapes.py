@@ -99,8 +99,8 @@ def _new_value(transport: Transport, node: Node, token_map: TokenMap) -> Any:
     if isinstance(value, torch.Tensor):
         return _resized(transport, value, transport.of(node), token_map)
     lists = transport.axes.context.dims[node]
-    return type(value)(_resized(transport, v, [resolve(d) for d in dims], token_map) if isinstance(v, torch.Tensor) else v
-                       for v, dims in zip(value, lists, strict=True))
+    pairs = zip(value, ([resolve(d) for d in dims] for dims in lists), strict=True)
+    return type(value)(_resized(transport, v, d, token_map) if isinstance(v, torch.Tensor) else v for v, d in pairs)
 
 
 def _resized(transport: Transport, value: torch.Tensor, dims: list[Dim], token_map: TokenMap) -> torch.Tensor:

@@ -174,10 +174,10 @@ class Select(Step):
     """clamp_flat: raster index plus offset, clamped to the image (wraps at row ends); grid: true neighbours only"""
     first: tuple[Name, ...] = ()
     """selections that come first, in order of priority; scores fill the rest of the budget"""
-    per: one_of("image", "row", "all") = "image"
-    """the group that a budget counts in: each image (each row, for text and all), each batch row, or all together"""
-    protect: tuple[one_of("cls", "first", "last", "special"), ...] = ()
-    """tokens that are chosen whatever their scores"""
+    per: one_of("image", "row") = "image"
+    """the group that a budget counts in: each image (each row, for text and all), or each batch row"""
+    protect: tuple[one_of("first", "last"), ...] = ()
+    """real tokens of each row that are chosen"""
 
     @model_validator(mode="after")
     def _check(self) -> Select:

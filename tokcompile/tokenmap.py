@@ -57,7 +57,7 @@ class Transport:
         self.splice = sites.splice
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
-        self.cloned: dict[tuple[Node, int], Node] = {}
+        self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
         self._moved: dict[tuple[Node, int], Node] = {}

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Interpreter, Node
 
 from tokcompile.axes import size_of
@@ -51,5 +52,5 @@ def verify(program: Program) -> None:
     symbols = program.fake_mode.shape_env
     # A scalar that the model reads gets a new symbol each time the graph is walked: none of this walk's is kept.
     fresh = symbols.ignore_fresh_unbacked_symbols() if symbols is not None else nullcontext()
-    with program.fake_mode, torch.no_grad(), fresh:
+    with program.fake_mode, enable_python_dispatcher(), torch.no_grad(), fresh:
         _Shapes(program.gm).run(*fakes)

@@ -133,6 +133,7 @@ def attention(ctx: Context, node: Node) -> Dims:
         ctx.unify(node, key[position], value[position])
     mask = ctx.of(arg(node, 3, "attn_mask"))
     if node.target is not aten.scaled_dot_product_attention.default:  # the two-dimensional padding mask
+        ctx.unify(node, mask[0], query[0])
         if mask and same(product(mask[-1]), product(key[-2])):
             ctx.unify(node, mask[-1], key[-2])
     elif mask:

@@ -157,7 +157,7 @@ def _neighbours(ctx: Context, step: Select) -> Selection:
 def _protect(ctx: Context, step: Select) -> Selection:
     """The first or last real token of each text row."""
     text = ctx.sites.text_stack()
-    if text is None or "cls" in step.protect:
+    if text is None:
         raise EditError("protect needs a text sequence", remedy="class tokens of a vision stack are never dropped")
     start = text[1].blocks[0].input
     axis = ctx.program.axes.of(start)[1]

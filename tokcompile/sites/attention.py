@@ -108,8 +108,16 @@ def _by_hand(node: Node) -> Attention | None:
 
 def _scaled(node: Node) -> tuple[Node, float, bool]:
     """Take one multiplication or division by a number off; (inner, factor, found)."""
-    if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
-        return _skip(node.args[0]), float(node.args[1]), True
-    if node.target is aten.div.Tensor and isinstance(node.args[1], (int, float)):
-        return _skip(node.args[0]), 1.0 / float(node.args[1]), True
-    return node, 1.0, False
+    factor = _number(node.args[1]) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
+    if factor is None:
+        return node, 1.0, False
+    return _skip(node.args[0]), factor if node.target is aten.mul.Tensor else 1.0 / factor, True
+
+
+def _number(value: Any) -> float | None:
+    """A constant; also a float of the model that dynamic shapes made an input, on whose value this puts a guard."""
+    if isinstance(value, Node):
+        value = value.meta.get("val")
+        if not isinstance(value, torch.SymFloat) or not value.node.has_hint():
+            return None
+    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None

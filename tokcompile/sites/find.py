@@ -61,7 +61,7 @@ def find_sites(program: Program) -> Sites:
     graph = program.graph
     reach = Reach(graph)
     attentions = find_attention(graph)
-    splice = find_splice(graph, reach)
+    splice = find_splice(graph, reach, program.inputs())
     found = find_stacks(attentions, reach, program.output)
     outputs = set(program.output.all_input_nodes)
     caches = {b: c for s in found for b in s.blocks if (c := find_cache(b, outputs)) is not None}

@@ -31,9 +31,14 @@ class Splice:
     features: Node
 
 
-def find_splice(graph: Graph, reach: Reach) -> Splice | None:
-    """The first place where values that come from an image are scattered among embeddings."""
+def find_splice(graph: Graph, reach: Reach, inputs: list[Node]) -> Splice | None:
+    """The first place where image features are scattered among embeddings.
+
+    Args:
+        inputs: what the caller passes: features may be computed here from an image, or be handed in ready.
+    """
     images = [n for n in graph.nodes if n.target in CONVOLUTIONS]
+    images += [n for n in inputs if n.meta["val"].dtype.is_floating_point]
     for node in graph.nodes:
         if node.target is aten.masked_scatter.default and reach.any_above(node.args[2], images):
             return Splice(node, *node.args[:3])

@@ -1,0 +1,256 @@
+"""What must hold of every rule on every model that it fits: DESIGN's five invariants, against runs by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fleet
+import naive
+import pytest
+import torch
+import torch._dynamo
+from harness import Pruned, difference, pairwise, prune
+from torch import Tensor, nn
+
+import tokcompile
+
+RULES = sorted(p.stem for p in (Path(tokcompile.__file__).parent / "rules").glob("*.yaml"))
+PADS = {"none": (), "left": (2, 0, 1)}
+
+Run = Callable[..., naive.Ran]
+
+
+def _by_fastv(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
+    return naive.run(model, inputs, [naive.fastv(2, keep)])
+
+
+def _by_hiprune(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
+    return naive.run(model, inputs, patches=naive.hiprune(keep, alpha=0.7))
+
+
+def _by_random(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
+    among = "image" if fleet.images(model) else "all"
+    return naive.run(model, inputs, [naive.random(keep, seed=3, among=among)])
+
+
+BY_HAND: dict[str, Run] = {"fastv": _by_fastv, "hiprune": _by_hiprune, "random": _by_random}
+OPTIONS: dict[str, dict[str, Any]] = {"fastv": {}, "hiprune": {"alpha": 0.7}, "random": {"seed": 3}}
+# With every token of the class token's sequence as a feature there is no patch grid, which HiPrune needs.
+MODELS = {"fastv": fleet.VLMS, "hiprune": ("llava", "llava-siglip-qwen2"), "random": fleet.VLMS + fleet.DECODERS}
+
+
+def options(rule: str, model: nn.Module, keep: Any) -> dict[str, Any]:
+    """Options of the backend for a rule with a budget."""
+    extra = {"among": "all"} if rule == "random" and not fleet.images(model) else {}
+    return {"rule": rule, "keep": keep, **OPTIONS[rule], **extra}
+
+
+def _matrix() -> list[Any]:
+    cases = []
+    for rule in RULES:
+        axes = {"name": MODELS.get(rule, ()), "keep": ("1/3", 1, "all"), "batch": (1, 3), "pads": ("none", "left"),
+                "cache": (True, False), "dtype": (torch.float32, torch.bfloat16), "attention": ("sdpa", "eager")}
+        for case in pairwise(axes):
+            label = "-".join(str(v).removeprefix("torch.") for v in case.values())
+            cases.append(pytest.param(rule, case, id=f"{rule}-{label}"))
+    return cases
+
+
+def _checked(pruned: Pruned, out: Any, ran: naive.Ran, tolerance: float) -> None:
+    assert pruned.kept == ran.kept
+    assert difference(out.logits, ran.logits) <= tolerance
+
+
+def test_every_rule_of_the_library_is_in_the_matrix() -> None:
+    assert set(RULES) == set(BY_HAND) == set(MODELS)
+
+
+@pytest.mark.parametrize(("rule", "case"), _matrix())
+def test_a_rule_equals_the_run_by_hand(rule: str, case: dict[str, Any]) -> None:
+    """On target eager, the same bits: float32 and bfloat16 alike, since the same kernels see the same tokens."""
+    model = fleet.shared(case["name"], case["dtype"], case["attention"])
+    inputs = fleet.example(model, case["batch"], PADS[case["pads"]][: case["batch"]])
+    keep = 1.0 if case["keep"] == "all" else case["keep"]
+    pruned = prune(model, **options(rule, model, keep))
+    out = pruned(**inputs, use_cache=case["cache"])
+    if case["keep"] == "all":
+        with torch.no_grad():
+            assert difference(out.logits, model(**inputs, use_cache=case["cache"]).logits) == 0
+        return
+    ran = BY_HAND[rule](model, inputs, keep)
+    _checked(pruned, out, ran, tolerance=0)
+    assert (out.past_key_values is not None) == case["cache"]
+    if case["cache"]:
+        assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == ran.lengths
+    _protected(inputs, pruned.kept[-1], fleet.images(model) > 0)
+
+
+def _protected(inputs: dict[str, Tensor], kept: list[list[int]], has_image: bool) -> None:
+    """Text tokens stay where only image tokens may go; else no padding is kept while a real token goes."""
+    for ids, valid, row in zip(inputs["input_ids"], inputs["attention_mask"], kept, strict=True):
+        gone = set(range(len(ids))) - set(row)
+        if has_image:
+            assert all(ids[i] == fleet.IMAGE for i in gone)
+        elif any(valid[i] for i in gone):
+            assert all(valid[i] for i in row)
+        assert row == sorted(set(row))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_do_not_see_each_other(rule: str) -> None:
+    """A padded batch selects and computes what each row does alone."""
+    model = fleet.shared("llava")
+    pads = PADS["left"]
+    batch = fleet.example(model, 3, pads)
+    together = prune(model, **options(rule, model, 6))
+    logits, kept = together(**batch).logits, together.kept[-1]
+    alone = prune(model, dynamic=True, **options(rule, model, 6))
+    for number, pad in enumerate(pads):
+        # Random scores hash the token's index, so that padding in front makes another, equally random choice.
+        strip = 0 if rule == "random" else pad
+        out = alone(**fleet.row(batch, number, strip))
+        assert [i + strip for i in alone.kept[-1][0]] == kept[number][strip:]
+        real = [new for new, old in enumerate(kept[number]) if old >= pad]
+        assert difference(logits[number][real], out.logits[0, -len(real):]) <= 1e-5
+    assert len(alone.report.graphs) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
+def test_a_replayed_recording_equals_the_run(rule: str, pads: tuple[int, ...]) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, pads)
+    pruned = prune(model, **options(rule, model, "1/3"))
+    out = pruned(**inputs)
+    torch._dynamo.reset()
+    ideal = prune(model, replay=pruned.recording, **options(rule, model, "1/3"))
+    assert difference(ideal(**inputs).logits, out.logits) == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
+    model = fleet.shared("llava")
+    ideal = prune(model, replay=tokcompile.Recording(), **options(rule, model, 5))
+    with pytest.raises(Exception, match="no recorded selection fits"):
+        ideal(**fleet.example(model))
+
+
+SHAPES = ((2, (1, 0), 7), (4, (0, 3, 1, 2), 11), (2, (), 47), (5, (2,), 7))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("name", "attention", "cache"),
+                         [("llava", "sdpa", True), ("llava-siglip-qwen2", "eager", False)])
+def test_one_dynamic_graph_serves_all_batches_and_lengths(rule: str, name: str, attention: str, cache: bool) -> None:
+    """Among the lengths is one that makes the sequence as long as the stream is wide."""
+    model = fleet.shared(name, attention=attention)
+    pruned = prune(model, dynamic=True, **options(rule, model, 5))
+    for batch, pads, text in SHAPES:
+        inputs = fleet.example(model, batch, pads, text=text, seed=text)
+        out = pruned(**inputs, use_cache=cache)
+        _checked(pruned, out, BY_HAND[rule](model, inputs, 5), tolerance=1e-5)
+    assert len(pruned.report.graphs) == 1
+
+
+@pytest.mark.parametrize("name", fleet.DECODERS)
+@pytest.mark.parametrize("keep", ["1/3", 5])
+def test_a_share_of_a_symbolic_length_follows_it(name: str, keep: Any) -> None:
+    """In a decoder without images the number of tokens to choose from is itself symbolic."""
+    model = fleet.shared(name)
+    pruned = prune(model, dynamic=True, **options("random", model, keep))
+    for batch, pads, text in SHAPES:
+        inputs = fleet.example(model, batch, pads, text=text)
+        _checked(pruned, pruned(**inputs), _by_random(model, inputs, keep), tolerance=1e-5)
+    assert len(pruned.report.graphs) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_marked_dimension_alone_is_dynamic(rule: str) -> None:
+    model = fleet.shared("llava")
+    pruned = prune(model, **options(rule, model, "1/3"))
+    for text in (9, 7, 21):
+        inputs = fleet.example(model, 3, PADS["left"], text=text)
+        for name in ("input_ids", "attention_mask"):
+            torch._dynamo.mark_dynamic(inputs[name], 1)
+        _checked(pruned, pruned(**inputs), BY_HAND[rule](model, inputs, "1/3"), tolerance=1e-5)
+    assert len(pruned.report.graphs) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("target", ["inductor", "aot_eager"])
+def test_compiled_targets_equal_the_run_by_hand(rule: str, target: str) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS["left"])
+    pruned = prune(model, target, **options(rule, model, "1/3"))
+    _checked(pruned, pruned(**inputs), BY_HAND[rule](model, inputs, "1/3"), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_second_call_with_other_inputs_is_pruned_by_its_own_scores(rule: str) -> None:
+    model = fleet.shared("llava")
+    pruned = prune(model, **options(rule, model, 5))
+    for seed in (0, 1):
+        inputs = fleet.example(model, 3, PADS["left"], seed=seed)
+        _checked(pruned, pruned(**inputs), BY_HAND[rule](model, inputs, 5), tolerance=0)
+    assert len(pruned.report.graphs) == 1
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_hiprune_then_fastv_is_one_after_the_other_by_hand(dynamic: bool | None) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS["left"])
+    pruned = prune(model, dynamic=dynamic, rules=[{"rule": "hiprune", "keep": 10, "alpha": 1.0},
+                                                  {"rule": "fastv", "layer": 2, "keep": 4}])
+    ran = naive.run(model, inputs, [naive.fastv(2, 4)], naive.hiprune(10, 1.0))
+    _checked(pruned, pruned(**inputs), ran, tolerance=1e-5 if dynamic else 0)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2"])
+def test_random_twice_is_random_of_random_by_hand(name: str) -> None:
+    model = fleet.shared(name)
+    among = "image" if fleet.images(model) else "all"
+    inputs = fleet.example(model, 3, PADS["left"])
+    rules = [{"rule": "random", "keep": keep, "seed": seed, "among": among} for keep, seed in (("2/3", 0), (3, 1))]
+    pruned = prune(model, rules=rules)
+    cuts = [naive.random("2/3", 0, among), naive.random(3, 1, among)]
+    _checked(pruned, pruned(**inputs), naive.run(model, inputs, cuts), tolerance=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hidden_states_have_the_lengths_that_the_layers_saw(rule: str) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS["left"])
+    pruned = prune(model, **options(rule, model, 5))
+    out = pruned(**inputs, output_hidden_states=True)
+    ran = BY_HAND[rule](model, inputs, 5)
+    _checked(pruned, out, ran, tolerance=0)
+    assert [h.shape[1] for h in out.hidden_states] == [*ran.lengths, ran.lengths[-1]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_last_logits_alone_are_those_of_the_run_by_hand(rule: str) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS["left"])
+    pruned = prune(model, **options(rule, model, 5))
+    out = pruned(**inputs, logits_to_keep=1)
+    ran = BY_HAND[rule](model, inputs, 5)
+    assert pruned.kept == ran.kept
+    # One row of the head instead of all: another matrix kernel, so the sums are ordered otherwise.
+    assert difference(out.logits, ran.logits[:, -1:]) <= 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loss_counts_the_labels_of_the_tokens_that_stay(rule: str) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS["left"])
+    ids = inputs["input_ids"]
+    labels = ids.masked_fill((ids == fleet.IMAGE) | (inputs["attention_mask"] == 0), -100)
+    pruned = prune(model, **options(rule, model, 5))
+    out = pruned(**inputs, labels=labels)
+    ran = BY_HAND[rule](model, inputs, 5)
+    left = torch.stack([row[kept] for row, kept in zip(labels, ran.kept[-1], strict=True)])
+    loss = torch.nn.functional.cross_entropy(ran.logits[:, :-1].flatten(0, 1), left[:, 1:].flatten(),
+                                             ignore_index=-100)
+    assert difference(out.loss, loss) <= 1e-5

@@ -1,0 +1,76 @@
+"""Compile a model under rules, and what tests ask of the result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile import Recording, TokredError
+from tokcompile.backend import Report, tokred
+
+
+@dataclass
+class Pruned:
+    """A compiled model, what it selected in its last call, and what was done to its graphs."""
+
+    call: Any
+    recording: Recording = field(default_factory=Recording)
+    report: Report = field(default_factory=Report)
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        return self.call(**inputs)
+
+    @property
+    def kept(self) -> list[list[list[int]]]:
+        """The token maps of the last call, as the hand-run lists them."""
+        return [held.tolist() for held in self.recording.maps.values()]
+
+
+def prune(model: nn.Module, target: str = "eager", dynamic: bool | None = None, **options: Any) -> Pruned:
+    """Compile a model; the model itself stays as it is."""
+    pruned = Pruned(None)
+    extra = {"record": pruned.recording} if "replay" not in options else {}
+    pruned.call = torch.compile(model, backend=tokred, dynamic=dynamic,
+                                options={**options, **extra, "target": target, "report": pruned.report})
+    return pruned
+
+
+def refusal(error: BaseException) -> TokredError:
+    """The error of ours behind one of Dynamo's.
+
+    Raises:
+        AssertionError: there is none.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, TokredError):
+        inner = getattr(seen, "inner_exception", None)
+        seen = inner if inner is not None else seen.__cause__
+    assert isinstance(seen, TokredError), f"not an error of tokcompile: {error!r}"
+    return seen
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """Largest absolute difference of two tensors of one shape; shapes that broadcast are no match."""
+    assert left.shape == right.shape, f"{tuple(left.shape)} against {tuple(right.shape)}"
+    return (left.double() - right.double()).abs().max().item()
+
+
+def pairwise(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Cases in which every value of an axis meets every value of every other axis at least once."""
+    names = list(axes)
+    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    def pairs(case: dict[str, Any]) -> set[tuple[Any, ...]]:
+        return {(a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)}
+
+    missing = set().union(*map(pairs, every))
+    while missing:
+        case = max(every, key=lambda c: len(pairs(c) & missing))
+        missing -= pairs(case)
+        yield case

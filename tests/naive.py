@@ -1,0 +1,275 @@
+"""Rules run by hand, on the reduced sequence: plain torch and transformers' own modules, nothing of tokcompile.
+
+`run` steps through a model layer by layer and calls a chooser at each place where a rule drops tokens. It is slow, knows
+each row's kept tokens as a Python list, and is what a compiled rule is compared with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+Kept = list[list[int]]
+"""For each batch row the indices of the tokens that stay, ascending."""
+
+
+@dataclass
+class State:
+    """What a chooser may look at when a drop is due.
+
+    Attributes:
+        hidden: [B, T, C], the input of the layer before which tokens go.
+        valid, image: bool [B, T], real tokens and image tokens.
+        scores: per decoder layer already run, its last real query's attention, float32 [B, T] on that layer's tokens.
+    """
+
+    hidden: Tensor
+    valid: Tensor
+    image: Tensor
+    scores: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tokens dropped before a decoder layer."""
+
+    layer: int
+    choose: Callable[[State], Kept]
+    compact: bool = False
+
+
+@dataclass
+class Ran:
+    """A hand-run: its logits, the tokens kept by each drop, and the tokens that each decoder layer saw."""
+
+    logits: Tensor
+    kept: list[Kept]
+    lengths: list[int]
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
+        patches: Callable[[nn.Module, Tensor], Kept] | None = None) -> Ran:
+    """Run a language model or a LLaVA by hand.
+
+    Args:
+        model: of transformers, Llama-like, or LLaVA over one.
+        inputs: input_ids, and attention_mask and pixel_values if there are any.
+        cuts: drops in the decoder, in order; several before one layer are done one after the other.
+        patches: chooses patches of each image before the projector; the text follows, numbered anew.
+    """
+    ids = inputs["input_ids"]
+    valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    image = ids == getattr(model.config, "image_token_index", -1)
+    kept: list[Kept] = []
+    features = None
+    if "pixel_values" in inputs:
+        features = vision_features(model, inputs["pixel_values"])
+        if patches is not None:
+            chosen = patches(model, inputs["pixel_values"])
+            kept.append(chosen)
+            features = _take(features, chosen)
+            stay = [_stay(row, chosen[b]) for b, row in enumerate(image.tolist())]
+            kept.append(stay)
+            ids, valid, image = (_take(t, stay) for t in (ids, valid, image))
+        features = model.model.multi_modal_projector(features)
+    hidden = model.get_input_embeddings()(ids)
+    if features is not None:
+        hidden = hidden.masked_scatter(image[..., None], features.to(hidden.dtype))
+    logits, more, lengths = _decoder(model, State(hidden, valid, image), cuts)
+    return Ran(logits, kept + more, lengths)
+
+
+def _stay(image: list[bool], chosen: list[int]) -> list[int]:
+    """Text tokens, and image tokens that are among the chosen."""
+    ordinal, out = -1, []
+    for token, is_image in enumerate(image):
+        ordinal += is_image
+        if not is_image or ordinal in chosen:
+            out.append(token)
+    return out
+
+
+def _take(values: Tensor, kept: Kept) -> Tensor:
+    return torch.stack([row[kept[b]] for b, row in enumerate(values)])
+
+
+def _decoder(model: nn.Module, state: State, cuts: Sequence[Cut]) -> tuple[Tensor, list[Kept], list[int]]:
+    text = getattr(model.model, "language_model", model.model)
+    batch, tokens, _ = state.hidden.shape
+    positions = torch.arange(tokens).expand(batch, tokens)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    mask = causal & state.valid[:, None, None, :]
+    tables = text.rotary_emb(state.hidden, positions)
+    kept: list[Kept] = []
+    lengths: list[int] = []
+    for number, layer in enumerate(text.layers):
+        for cut in (c for c in cuts if c.layer == number):
+            chosen = cut.choose(state)
+            kept.append(chosen)
+            mask = torch.stack([mask[b][:, chosen[b]][:, :, chosen[b]] for b in range(batch)])
+            if cut.compact:
+                gaps = torch.tensor([[old - new for new, old in enumerate(row)] for row in chosen])
+                positions = _take(positions, chosen) - gaps
+                tables = text.rotary_emb(state.hidden, positions)
+            else:
+                positions = _take(positions, chosen)
+                tables = tuple(_take(t, chosen) for t in tables)
+            state.hidden, state.valid, state.image = (
+                _take(t, chosen) for t in (state.hidden, state.valid, state.image))
+        lengths.append(state.hidden.shape[1])
+        with _recorded(layer.self_attn) as seen:
+            out = layer(state.hidden, attention_mask=_for(model, mask, state.hidden.dtype), position_ids=positions,
+                        position_embeddings=tables)
+        state.hidden = out[0] if isinstance(out, tuple) else out
+        state.scores.append(_last_row(layer.self_attn, seen, tables, mask, state.valid))
+    return model.lm_head(text.norm(state.hidden)), kept, lengths
+
+
+def _for(model: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as the model's attention takes it: bool for SDPA, additive for written-out attention."""
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return mask
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+@contextmanager
+def _recorded(attention: nn.Module):
+    """Queries and keys before rotary, [B, T, heads * width], as the model's own projections make them."""
+    seen: dict[str, Tensor] = {}
+    hooks = [getattr(attention, name).register_forward_hook(
+        lambda module, args, out, name=name: seen.__setitem__(name, out)) for name in ("q_proj", "k_proj")]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _heads(value: Tensor, width: int) -> Tensor:
+    return value.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def _last_row(attention: nn.Module, seen: dict[str, Tensor], tables: tuple[Tensor, Tensor], mask: Tensor,
+              valid: Tensor) -> Tensor:
+    """Attention of each row's last real token, mean over heads, float32 [B, T]."""
+    query, key = (_heads(seen[name], attention.head_dim) for name in ("q_proj", "k_proj"))
+    module = importlib.import_module(type(attention).__module__)
+    query, key = module.apply_rotary_pos_emb(query, key, *tables)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query.float() @ key.float().transpose(2, 3) * attention.scaling
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).mean(1)
+    last = [max(i for i, real in enumerate(row) if real) for row in valid.tolist()]
+    return torch.stack([weights[b, t] for b, t in enumerate(last)])
+
+
+def vision_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    """What the projector reads: [images, patches, C]."""
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    chosen = states[model.config.vision_feature_layer]
+    return chosen[:, 1:] if model.config.vision_feature_select_strategy == "default" else chosen
+
+
+def vision_attention(model: nn.Module, pixels: Tensor, block: int) -> Tensor:
+    """Attention that each patch receives in one block of the tower, mean over rows and heads: float32 [B, patches]."""
+    tower = model.model.vision_tower
+    attention = _layers(tower)[block].self_attn
+    with _recorded(attention) as seen:
+        tower(pixels)
+    query, key = (_heads(seen[name], attention.head_dim).float() for name in ("q_proj", "k_proj"))
+    received = (query @ key.transpose(2, 3) * attention.head_dim**-0.5).softmax(-1).mean((1, 2))
+    return received[:, 1:] if model.config.vision_feature_select_strategy == "default" else received
+
+
+def _layers(tower: nn.Module) -> nn.ModuleList:
+    return next(m.layers for m in tower.modules() if hasattr(m, "layers"))
+
+
+def best(scores: Tensor, among: Sequence[int], count: int) -> list[int]:
+    """The tokens with the largest scores among some, ties to the lower index; ascending."""
+    values = scores.tolist()
+    return sorted(sorted(among, key=lambda i: (-values[i], i))[:count])
+
+
+def count(keep: int | float | str, n: int, nearest: bool = False) -> int:
+    """A budget of n tokens, in exact fractions: a count, or a share rounded down, or as Python's `round` does."""
+    if isinstance(keep, int):
+        return min(keep, n)
+    share = Fraction(str(keep)) * n
+    return max(1, round(share) if nearest else share.numerator // share.denominator)
+
+
+# The rules of the library.
+
+
+def fastv(layer: int = 2, keep: int | float | str = 0.5) -> Cut:
+    """FastV: the image tokens that the last text token looks at most in the layer before."""
+
+    def choose(state: State) -> Kept:
+        out = []
+        for scores, image in zip(state.scores[layer - 1], state.image.tolist(), strict=True):
+            among = [i for i, is_image in enumerate(image) if is_image]
+            chosen = best(scores, among, count(keep, len(among), nearest=True))
+            out.append(sorted([*chosen, *(i for i in range(len(image)) if i not in among)]))
+        return out
+
+    return Cut(layer, choose)
+
+
+def hiprune(keep: int | float | str = "1/3", alpha: float = 0.1, object_layer: int | None = None,
+            ) -> Callable[[nn.Module, Tensor], Kept]:
+    """HiPrune: anchors of a middle layer, their neighbours on the raster, and the best of the last layer used."""
+
+    def choose(model: nn.Module, pixels: Tensor) -> Kept:
+        config = model.config.vision_config
+        depth, feature = config.num_hidden_layers, model.config.vision_feature_layer
+        middle = vision_attention(model, pixels, (object_layer or depth * 3 // 8) - 1)
+        deep = vision_attention(model, pixels, depth + feature if feature < 0 else feature - 1)
+        patches, width = middle.shape[1], config.image_size // config.patch_size
+        budget = count(keep, patches, nearest=True)
+        anchors = round(budget * Fraction(str(alpha)) / 5)
+        out = []
+        for row in range(len(pixels)):
+            first = best(middle[row], range(patches), anchors)
+            around = {min(max(i + d, 0), patches - 1) for i in first for d in (0, -1, 1, -width, width)} - set(first)
+            ranked = sorted(range(patches), key=lambda i, row=row, first=first, around=around: (
+                i not in first, i not in around, -deep[row, i].item(), i))
+            out.append(sorted(ranked[:budget]))
+        return out
+
+    return choose
+
+
+def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image") -> Cut:
+    """Random tokens, the same in each row; padding goes first."""
+
+    def choose(state: State) -> Kept:
+        out = []
+        tokens = state.hidden.shape[1]
+        luck = torch.tensor(lucky(tokens, seed))
+        for valid, image in zip(state.valid.tolist(), state.image.tolist(), strict=True):
+            group = [i for i in range(tokens) if among == "all" or image[i] == (among == "image")]
+            scores = torch.tensor([luck[i] if valid[i] else -torch.inf for i in range(tokens)])
+            chosen = best(scores, group, count(keep, len(group)))
+            out.append(sorted({*chosen, *(i for i in range(tokens) if i not in group)}))
+        return out
+
+    return Cut(0, choose, compact=True)
+
+
+def lucky(tokens: int, seed: int) -> list[float]:
+    """The hash of (seed, index) that the random rule scores by, in Python integers."""
+
+    def mix(word: int) -> int:
+        word = (word ^ word >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+        word = (word ^ word >> 15) * 0x735A2D97 & 0xFFFFFFFF
+        return word ^ word >> 15
+
+    salt = mix(mix(seed & 0xFFFFFFFF) + (seed >> 32 & 0xFFFFFFFF) & 0xFFFFFFFF)
+    return [(mix(mix(i + 1) ^ salt) >> 8) * 2.0**-24 for i in range(tokens)]

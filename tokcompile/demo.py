@@ -1,0 +1,275 @@
+"""What `tokred demo` runs: one trained model, three rules, two budgets; accuracy, cost, time, distance to the ideal."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+import tokcompile
+from tokcompile.backend import tokred
+from tokcompile.capture import capture
+from tokcompile.demo_data import Questions, digit_questions
+from tokcompile.program import Program
+from tokcompile.recording import Recording
+from tokcompile.report import Part, explain_captured, versions
+from tokcompile.rulefile import load_rule
+
+MODEL = "zoo:llava-digits"
+Call = Callable[[Mapping[str, Tensor]], Tensor]
+"""Takes arguments of forward and returns the logits [B, V] of the last position."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the demo does; `generate` images are also answered by `model.generate`."""
+
+    images: int = 512
+    batch: int = 32
+    rounds: int = 20
+    warmup: int = 2
+    rules: tuple[str, ...] = ("hiprune", "fastv", "random")
+    keeps: tuple[str, ...] = ("1/3", "1/9")
+    generate: int = 8
+    pictures: int = 4
+    target: str = "inductor"
+
+
+@dataclass
+class Case:
+    """One rule at one budget, and what was found out about it."""
+
+    rule: str
+    keep: str
+    part: Part
+    calls: dict[str, Call] = field(default_factory=dict)
+    answers: Tensor = field(default_factory=lambda: torch.empty(0))
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    diff: float = 0.0
+    diff_eager: float = 0.0
+    generated: str = ""
+
+    @property
+    def drop(self) -> dict[str, Any]:
+        """The record of the last drop: where it was, and how many tokens it left."""
+        return next(s for s in reversed(self.part.applied[0].steps) if s["verb"] == "drop")
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens kept of each image."""
+        return int(self.drop["to"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """The report, of the shape that report.json has, and what its pictures are drawn from."""
+
+    report: dict[str, Any]
+    cases: list[Case]
+    questions: Questions
+    answers: Tensor
+    image_token: int
+
+
+def run(settings: Settings, progress: Progress, *, model: torch.nn.Module | None = None,
+        questions: Questions | None = None) -> Result:
+    """Run the demo.
+
+    Args:
+        model: another model than the trained one, with `questions` for it.
+        progress: shows how far it is; may be disabled.
+    """
+    if model is None:
+        from tokcompile.models import zoo
+
+        model = zoo.load(MODEL.removeprefix("zoo:")).model
+    questions = digit_questions(settings.images) if questions is None else questions
+    each_case = len(settings.rules) * len(settings.keeps)
+    task = progress.add_task("", total=3 + 3 * each_case + settings.warmup + settings.rounds)
+
+    def say(what: str) -> None:
+        progress.update(task, description=what, advance=1)
+
+    # Every variant compiles the same forward, and Dynamo keeps its results per code object, for eight backends by
+    # default. An entry of another backend is passed over before its guards are looked at, so many cost no time.
+    limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
+    with torch.no_grad(), limits:
+        say("capturing the model")
+        cases, unpruned = _measure(model, settings, questions, say)
+        torch._dynamo.reset()
+        say("compiling the unpruned model")
+        plain = {"eager": _last(model), "inductor": _last(torch.compile(model, dynamic=False, backend=settings.target))}
+        plain["inductor"](questions.rows(0, settings.batch))
+        say(f"answering {len(questions)} questions unpruned")
+        answers = _answers(plain["eager"], questions, settings.batch)
+        for case in cases:
+            _compile(case, model, settings, questions, say)
+        latency = _time(plain, cases, settings, questions, say)
+        _generate(model, cases, settings, questions)
+    report = _report(settings, questions, unpruned, cases, answers, latency)
+    return Result(report, cases, questions, answers, _image_token(model))
+
+
+def _measure(model: torch.nn.Module, settings: Settings, questions: Questions,
+             say: Callable[[str], None]) -> tuple[list[Case], Part]:
+    """Tokens, FLOPs and cache of one image, by the graph: captured once, rewritten for each case."""
+    (program,) = capture(model, {**questions.rows(0, 1), "logits_to_keep": 1}, dynamic=False)
+    cases = []
+    for rule in settings.rules:
+        for keep in settings.keeps:
+            say(f"{rule} {keep}: counting")
+            cases.append(Case(rule, keep, _explained(program, rule, keep)))
+    return cases, cases[0].part
+
+
+def _explained(program: Program, rule: str, keep: str) -> Part:
+    (part,) = explain_captured([program.copy()], [load_rule(rule).bind(keep=keep)])
+    return part
+
+
+def _last(model: Callable[..., Any]) -> Call:
+    return lambda inputs: model(**inputs, logits_to_keep=1).logits[:, -1]
+
+
+def _variant(model: torch.nn.Module, case: Case, target: str, **options: Any) -> Call:
+    options = {"rule": case.rule, "keep": case.keep, "target": target, **options}
+    return _last(torch.compile(model, backend=tokred, dynamic=False, options=options))
+
+
+def _compile(case: Case, model: torch.nn.Module, settings: Settings, questions: Questions,
+             say: Callable[[str], None]) -> None:
+    """Compile a case in all its variants, answer the questions, and compare with the ideal on the timed batch."""
+    say(f"{case.rule} {case.keep}: compiling, answering {len(questions)} questions")
+    timed = questions.rows(0, settings.batch)
+    recording = Recording()
+    # The timed variant records too: one small copy per call, against it. A variant of its own that records might
+    # choose differently where scores tie to the last bit.
+    case.calls["tokred"] = _variant(model, case, settings.target, record=recording)
+    logits = case.calls["tokred"](timed)
+    case.kept = dict(recording.maps)
+    case.calls["ideal"] = _variant(model, case, settings.target, replay=_frozen(recording))
+    case.diff = _max_diff(logits, case.calls["ideal"](timed))
+    case.answers = _answers(case.calls["tokred"], questions, settings.batch)
+    say(f"{case.rule} {case.keep}: comparing with the ideal in eager")
+    recording = Recording()
+    case.calls["eager"] = _variant(model, case, "eager", record=recording)
+    logits = case.calls["eager"](timed)
+    case.diff_eager = _max_diff(logits, _variant(model, case, "eager", replay=_frozen(recording))(timed))
+
+
+def _frozen(recording: Recording) -> Recording:
+    """A recording that later calls do not change."""
+    frozen = Recording()
+    frozen.maps = dict(recording.maps)
+    return frozen
+
+
+def _max_diff(left: Tensor, right: Tensor) -> float:
+    return (left - right).abs().max().item()
+
+
+def _answers(call: Call, questions: Questions, batch: int) -> Tensor:
+    """int64 [n]: the most likely token after each question, as greedy generation picks it."""
+    parts = [call(questions.rows(start, batch)).argmax(-1) for start in range(0, len(questions), batch)]
+    return torch.cat(parts)[: len(questions)]
+
+
+def _time(plain: Mapping[str, Call], cases: list[Case], settings: Settings, questions: Questions,
+          say: Callable[[str], None]) -> dict[tuple[str, ...], list[float]]:
+    """Milliseconds of every variant in every round; each round runs all of them, in another order."""
+    timed = questions.rows(0, settings.batch)
+    calls = {("unpruned", name): call for name, call in plain.items()}
+    calls |= {(case.rule, case.keep, name): call for case in cases for name, call in case.calls.items()}
+    spent: dict[tuple[str, ...], list[float]] = {key: [] for key in calls}
+    order, shuffle = list(calls), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(settings.warmup + settings.rounds):
+            say(f"timing, round {number + 1} of {settings.warmup + settings.rounds}")
+            shuffle.shuffle(order)
+            for key in order:
+                start = time.perf_counter()
+                calls[key](timed)
+                if number >= settings.warmup:
+                    spent[key].append((time.perf_counter() - start) * 1e3)
+    finally:
+        gc.enable()
+    return spent
+
+
+def _generate(model: torch.nn.Module, cases: list[Case], settings: Settings, questions: Questions) -> None:
+    """Let `model.generate` answer a few questions under each rule, as a check of the answers above."""
+    count = min(settings.generate, len(questions))
+    for case in [c for c in cases if c.keep == settings.keeps[-1]] if count else []:
+        torch._dynamo.reset()
+        tokcompile.compile(model, rule=case.rule, keep=case.keep, target="eager", dynamic=False)
+        try:
+            inputs = questions.rows(0, count)
+            mask = torch.ones_like(inputs["input_ids"])
+            out = model.generate(**inputs, attention_mask=mask, max_new_tokens=1, do_sample=False)
+        finally:
+            tokcompile.restore(model)
+        agree = int((out[:, -1] == case.answers[:count]).sum())
+        case.generated = f"{agree} of {count}"
+
+
+def _image_token(model: torch.nn.Module) -> int:
+    config = model.config
+    return getattr(config, "image_token_index", None) or config.image_token_id
+
+
+def _report(settings: Settings, questions: Questions, unpruned: Part, cases: list[Case], answers: Tensor,
+            latency: dict[tuple[str, ...], list[float]]) -> dict[str, Any]:
+    median = {key: statistics.median(times) for key, times in latency.items()}
+    right = _share(answers, questions)
+    before = unpruned.before
+    rules: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        rules.setdefault(case.rule, {})[case.keep] = _case_report(case, questions, right, median)
+    return {
+        "model": MODEL, "images": len(questions),
+        "unpruned": {
+            "accuracy": right, "image_tokens": int(cases[0].drop["from"]), "flops": before.totals["decoder"],
+            "flops_all": before.flops, "kv_bytes": before.kv_bytes,
+            "latency_ms": {name: median["unpruned", name] for name in ("eager", "inductor")},
+        },
+        "rules": rules, "batch": settings.batch, "rounds": settings.rounds, "target": settings.target,
+        "flops_are": "of the decoder's blocks, for one image", "kv_bytes_are": "for one image",
+        "latency_is": "the median of a batch's forward with a cache, variants interleaved",
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads()},
+        "versions": versions(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _case_report(case: Case, questions: Questions, unpruned: float, median: dict[tuple[str, ...], float]) -> dict[str, Any]:
+    after = case.part.after
+    own = {name: median[case.rule, case.keep, name] for name in ("eager", "tokred", "ideal")}
+    latency = {"eager": own["eager"], "inductor": median["unpruned", "inductor"], "tokred": own["tokred"],
+               "ideal": own["ideal"]}
+    right = _share(case.answers, questions)
+    return {
+        "accuracy": right, "accuracy_kept": right / unpruned if unpruned else None, "image_tokens": case.image_tokens,
+        "flops": after.totals["decoder"], "flops_all": after.flops, "flops_of_the_rule": after.totals["rule"],
+        "kv_bytes": after.kv_bytes, "latency_ms": latency,
+        "ratios": {"tokred/ideal": latency["tokred"] / latency["ideal"],
+                   "inductor/tokred": latency["inductor"] / latency["tokred"]},
+        "max_abs_diff_to_ideal": case.diff, "max_abs_diff_to_ideal_eager": case.diff_eager,
+        "generate_agrees": case.generated,
+    }
+
+
+def _share(answers: Tensor, questions: Questions) -> float:
+    return (answers == questions.answers).float().mean().item()

@@ -1,0 +1,205 @@
+"""Models that the command line names: `zoo:NAME`, or a Hugging Face folder or id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokcompile.binding import RuleInstance
+from tokcompile.capture import capture
+from tokcompile.errors import CaptureError, RuleError, TokredError, known
+from tokcompile.program import Program
+from tokcompile.report import Explanation, explain
+
+ZOO = "zoo:"
+SMALL = 500_000_000
+"""Parameters up to which a model that is not one graph may be built with random weights, to be run piece by piece."""
+
+_TEXT_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and example inputs of its forward.
+
+    Attributes:
+        name: as the user wrote it.
+        weights: `zoo`, or `meta` where a model was built from its configuration without memory for weights.
+    """
+
+    name: str
+    model: torch.nn.Module
+    inputs: dict[str, Any]
+    weights: str
+
+
+def load_source(name: str, batch: int = 1) -> Source:
+    """Build the model that a user names, with example inputs of one image or one short text.
+
+    A Hugging Face model is built from its configuration on the meta device: sites and costs need no weights, so none
+    are downloaded.
+
+    Raises:
+        TokredError: there is no such model, or no inputs are known for its kind.
+    """
+    if name.startswith(ZOO):
+        return _zoo(name, batch)
+    config = _config(name)
+    return from_config(config, name, batch)
+
+
+def _zoo(name: str, batch: int) -> Source:
+    from tokcompile.models import zoo
+
+    try:
+        loaded = zoo.load(name.removeprefix(ZOO))
+    except (KeyError, ValueError, OSError) as error:
+        message = error.args[0] if error.args else str(error)
+        raise RuleError(f"the zoo has no model '{name.removeprefix(ZOO)}'", found=str(message).splitlines()[0],
+                        remedy=_zoo_names(name)) from error
+    return Source(name, loaded.model, loaded.example(batch=batch), "zoo")
+
+
+def _zoo_names(name: str) -> str:
+    from tokcompile.models import zoo
+
+    names = zoo.names() if hasattr(zoo, "names") else ()
+    return known(name, [ZOO + each for each in names]) if names else "see tokcompile/models/zoo.py for its models"
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # whatever the hub, a proxy or a broken file raises: the user needs one sentence
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "this folder holds no readable config.json" if Path(name).is_dir() else "no folder or model of that name"
+        raise RuleError(f"model '{name}' cannot be loaded: {where}", found=reason[:300],
+                        remedy="zoo:NAME, a folder with a config.json, or a Hugging Face id (with network or in the "
+                               "local cache)") from error
+
+
+def from_config(config: Any, name: str, batch: int = 1, *, device: str = "meta") -> Source:
+    """Build a model from a transformers configuration, with random weights or none, and inputs for it.
+
+    Raises:
+        TokredError: transformers has no model for it, or no inputs are known for its kind.
+    """
+    try:
+        with torch.device(device):
+            model = _class(config)._from_config(config).eval()
+    except TokredError:
+        raise
+    except Exception as error:
+        raise RuleError(f"transformers cannot build the model '{name}'", found=f"{type(error).__name__}: {error}"[:300],
+                        remedy="check its configuration with transformers.AutoModel.from_config") from error
+    with torch.no_grad():
+        return Source(name, model, example_inputs(model, batch, device), "meta" if device == "meta" else "random")
+
+
+def _class(config: Any) -> Any:
+    import transformers
+
+    for named in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, named, None)
+        if found is not None:
+            return found
+    autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForImageClassification", "AutoModel")
+    for auto in autos:
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    raise RuleError(f"transformers has no model for '{config.model_type}'", remedy="use a model that transformers has")
+
+
+def example_inputs(model: torch.nn.Module, batch: int, device: str) -> dict[str, torch.Tensor]:
+    """Inputs by what the model's configuration says: one image and a short text, a text, or an image.
+
+    Raises:
+        TokredError: the configuration states no image size, as of models that take patches of any number.
+    """
+    config = model.config
+    vision = getattr(config, "vision_config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if vision is None and getattr(config, "image_size", None) is None:
+        return _text(torch.full((batch, _TEXT_LENGTH), 5), device)
+    pixels = _pixels(vision or config, batch, device, model.dtype)
+    if vision is None or getattr(text, "vocab_size", None) is None:
+        return {"pixel_values": pixels}
+    token = next((t for t in (getattr(config, a, None) for a in ("image_token_id", "image_token_index"))
+                  if t is not None), None)
+    if token is None:
+        return _text(torch.full((batch, _TEXT_LENGTH), 5), device) | {"pixel_values": pixels}
+    image = _image_tokens(model, pixels) // batch
+    row = torch.tensor([1] + [token] * image + [5] * _TEXT_LENGTH)
+    return _text(row.expand(batch, -1), device) | {"pixel_values": pixels}
+
+
+def _text(ids: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
+    ids = ids.to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _pixels(config: Any, batch: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise RuleError(f"no example image is known for a '{config.model_type}' vision tower",
+                        found="its configuration states no image_size",
+                        remedy="call tokcompile.report.explain(model, inputs, rules) with inputs of your own")
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(batch, getattr(config, "num_channels", 3), height, width, device=device, dtype=dtype)
+
+
+def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
+    """Rows that the model makes of the images: its own code says so better than any formula."""
+    try:
+        found = model.get_image_features(pixel_values=pixels)
+    except Exception as error:
+        raise RuleError("the number of image tokens of this model is not known",
+                        found=f"get_image_features: {type(error).__name__}: {error}"[:300],
+                        remedy="call tokcompile.report.explain(model, inputs, rules) with inputs of your own") from error
+    found = getattr(found, "pooler_output", found)
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    return sum(part.shape[:-1].numel() for part in parts)
+
+
+def capture_source(source: Source) -> tuple[Source, list[Program]]:
+    """Capture a source; a small one that is not one graph on the meta device is built with weights and run."""
+    try:
+        return source, capture(source.model, source.inputs)
+    except CaptureError:
+        if source.weights != "meta":
+            raise
+        source = runnable(source)
+        return source, capture(source.model, source.inputs)
+
+
+def explain_source(source: Source, rules: Sequence[RuleInstance]) -> Explanation:
+    """Explain rules on a source, which is captured as by `capture_source`."""
+    try:
+        return explain(source.model, source.inputs, rules, name=source.name)
+    except CaptureError:
+        if source.weights != "meta":
+            raise
+        source = runnable(source)
+        return explain(source.model, source.inputs, rules, name=source.name)
+
+
+def runnable(source: Source) -> Source:
+    """The same model with random weights, where it is small enough to run piece by piece.
+
+    Raises:
+        CaptureError: it is too large.
+    """
+    count = sum(p.numel() for p in source.model.parameters())
+    if count > SMALL:
+        raise CaptureError(f"'{source.name}' does not capture as one graph", found=f"{count:,} parameters",
+                           remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)")
+    batch = next(iter(source.inputs.values())).shape[0]
+    return from_config(source.model.config, source.name, batch, device="cpu")
