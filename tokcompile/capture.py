@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
     """Capture a model with Dynamo on example inputs.
 
     Args:
-        model: any module. One on the meta device is captured without memory for weights and without being run; it must
-            then be one graph.
+        model: any module. One without memory for weights, on the meta device or made under a FakeTensorMode, is not
+            run; it must then be one graph.
         inputs: keyword arguments of its forward.
         dynamic: as for torch.compile.
 
@@ -106,7 +107,8 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
     """
     prepare()
     found: list[Program] = []
-    meta = any(p.is_meta for p in model.parameters())
+    empty = next((p for p in model.parameters() if p.is_meta or isinstance(p, FakeTensor)), None)
+    meta, mode = empty is not None, empty.fake_mode if isinstance(empty, FakeTensor) else nullcontext()
 
     def stop(*args: Any) -> Any:
         raise _Captured
@@ -117,7 +119,7 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
 
     torch._dynamo.reset()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode:
             torch.compile(model, backend=keep, dynamic=dynamic, fullgraph=meta)(**inputs)
     except _Captured:
         pass  # the graph is all that was wanted: a meta model cannot run

@@ -194,7 +194,7 @@ def key_values(words: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise RuleError(f"'{word}' is not an option of a rule", remedy="KEY=VALUE, such as keep=1/3")
         if key in found:
-            raise RuleError(f"option '{key}' is given twice", found=word)
+            raise RuleError(f"option '{key}' is given twice", found=word, remedy="give it once")
         found[key] = yaml.safe_load(value) if value else ""
     return found
 

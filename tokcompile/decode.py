@@ -7,7 +7,7 @@ smaller by the number of tokens dropped, which differs from layer to layer as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -15,30 +15,41 @@ from torch.fx import Node
 from tokcompile.address import parse_address
 from tokcompile.applied import Applied
 from tokcompile.binding import RuleInstance
-from tokcompile.edit import Editor
+from tokcompile.edit import Editor, sub
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.positions import recompute
 from tokcompile.program import Program
-from tokcompile.sites import Sites
+from tokcompile.sites import Sites, find_sites
 from tokcompile.steps import Drop
 
 aten = torch.ops.aten
 
 
-def adapt_decode(program: Program, sites: Sites, instance: RuleInstance, facts: Mapping[str, int],
-                 applied: Applied) -> None:
-    """Let a decode step continue after a pruned prompt.
+def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping[str, int],
+                 applied: Sequence[Applied]) -> None:
+    """Let a step continue after a prompt that rules pruned.
+
+    Drops of several rules at one block are counted together: what the caches say is their sum.
 
     Raises:
         CaptureError: the position of the new tokens cannot be known from the inputs.
     """
-    for step in (s for s in instance.rule.steps if isinstance(s, Drop)):
-        first = _first_block(step, instance, facts, len(sites.stacks["decoder"].blocks))
+    sites = find_sites(program)
+    depth = len(sites.stacks["decoder"].blocks)
+    drops = [(_first_block(step, rule, facts, depth), step, rule, record)
+             for rule, record in zip(rules, applied, strict=True) for step in rule.rule.steps if isinstance(step, Drop)]
+    for first in sorted({d[0] for d in drops if d[0] < depth}):
+        here = [d for d in drops if d[0] == first]
+        if len({step.positions for _, step, _, _ in here}) > 1:
+            raise CaptureError(f"drops at block {first} both keep and compact positions",
+                               where=[f"{rule.rule.path}:{step.line}" for _, step, rule, _ in here],
+                               remedy="give them the same positions, or drop at different blocks")
+        _, step, rule, record = here[0]
         if step.positions == "compact":
-            _compact(program, sites, instance, first, applied)
+            _compact(program, find_sites(program), rule, first, record)
         elif first == 0:
-            _check_given(program, sites, instance, step)
+            _check_given(program, sites, rule, step)
 
 
 def _first_block(step: Drop, instance: RuleInstance, facts: Mapping[str, int], depth: int) -> int:
@@ -67,7 +78,7 @@ def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int,
     if first >= len(blocks):
         return
     editor = Editor(program, instance.name, applied.counts)
-    region = set(sites.reach.forward(blocks[first].input))
+    region = set(sites.reach.forward(blocks[first].input)) - {program.output}  # which also returns earlier caches
     for rotary in sites.rotary["decoder"]:
         positions = rotary.positions
         with editor.after([positions]):
@@ -87,10 +98,17 @@ def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> lis
 
 
 def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Node:
-    """Compacted positions of the new tokens, of the shape of the given ones."""
+    """Positions of the new tokens from block `first` on, of the shape of those before it.
+
+    They are smaller by the tokens dropped there: what the keys are fewer than those of the block before, or than the
+    tokens that the caller's mask still counts.
+    """
     block = sites.stacks["decoder"].blocks[first]
     past, queries = editor.size(sites.caches[block].past, 2), editor.size(block.input, 1)
-    if sites.padding is not None:  # the caller's mask still counts every token of the prompt
+    if first:
+        before = editor.size(sites.caches[sites.stacks["decoder"].blocks[first - 1]].past, 2)
+        return editor.call(aten.sub.Tensor, positions, editor.arithmetic(sub, before, past))
+    if sites.padding is not None:
         dropped = editor.arithmetic(lambda mask, old, new: mask - old - new, editor.size(sites.padding, 1), past, queries)
         return editor.call(aten.sub.Tensor, positions, dropped)
     if queries == 1:

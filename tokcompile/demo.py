@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +15,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 import tokcompile
-from tokcompile.backend import tokred
-from tokcompile.capture import capture
+from tokcompile.demo_bench import Bench, Call, last_logits, time_interleaved
 from tokcompile.demo_data import Questions, digit_questions
-from tokcompile.program import Program
 from tokcompile.recording import Recording
 from tokcompile.report import Part, explain_captured, versions
 from tokcompile.rulefile import load_rule
 
 MODEL = "zoo:llava-digits"
-Call = Callable[[Mapping[str, Tensor]], Tensor]
-"""Takes arguments of forward and returns the logits [B, V] of the last position."""
 
 
 @dataclass(frozen=True)
@@ -95,84 +88,54 @@ def run(settings: Settings, progress: Progress, *, model: torch.nn.Module | None
 
         model = zoo.load(MODEL.removeprefix("zoo:")).model
     questions = digit_questions(settings.images) if questions is None else questions
-    each_case = len(settings.rules) * len(settings.keeps)
-    task = progress.add_task("", total=3 + 3 * each_case + settings.warmup + settings.rounds)
+    timed = questions.rows(0, settings.batch)
+    cases = len(settings.rules) * len(settings.keeps)
+    task = progress.add_task("", total=4 + 2 * cases + settings.warmup + settings.rounds)
 
     def say(what: str) -> None:
         progress.update(task, description=what, advance=1)
 
-    # Every variant compiles the same forward, and Dynamo keeps its results per code object, for eight backends by
-    # default. An entry of another backend is passed over before its guards are looked at, so many cost no time.
-    limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
-    with torch.no_grad(), limits:
+    torch._dynamo.reset()
+    with torch.no_grad():
         say("capturing the model")
-        cases, unpruned = _measure(model, settings, questions, say)
-        torch._dynamo.reset()
+        bench = Bench(model, timed, settings.target)
         say("compiling the unpruned model")
-        plain = {"eager": _last(model), "inductor": _last(torch.compile(model, dynamic=False, backend=settings.target))}
-        plain["inductor"](questions.rows(0, settings.batch))
+        plain = {"eager": last_logits(model), "inductor": bench.plain()}
+        plain["inductor"](timed)
         say(f"answering {len(questions)} questions unpruned")
         answers = _answers(plain["eager"], questions, settings.batch)
-        for case in cases:
-            _compile(case, model, settings, questions, say)
-        latency = _time(plain, cases, settings, questions, say)
-        _generate(model, cases, settings, questions)
-    report = _report(settings, questions, unpruned, cases, answers, latency)
-    return Result(report, cases, questions, answers, _image_token(model))
+        done = [_case(bench, rule, keep, settings, questions, say)
+                for rule in settings.rules for keep in settings.keeps]
+        calls = {("unpruned", name): call for name, call in plain.items()}
+        calls |= {(case.rule, case.keep, name): call for case in done for name, call in case.calls.items()}
+        latency = time_interleaved(calls, timed, settings.rounds, settings.warmup, say)
+        say("comparing with generate")
+        _generate(model, done, settings, questions)
+    report = _report(settings, questions, done, answers, latency)
+    return Result(report, done, questions, answers, _image_token(model))
 
 
-def _measure(model: torch.nn.Module, settings: Settings, questions: Questions,
-             say: Callable[[str], None]) -> tuple[list[Case], Part]:
-    """Tokens, FLOPs and cache of one image, by the graph: captured once, rewritten for each case."""
-    (program,) = capture(model, {**questions.rows(0, 1), "logits_to_keep": 1}, dynamic=False)
-    cases = []
-    for rule in settings.rules:
-        for keep in settings.keeps:
-            say(f"{rule} {keep}: counting")
-            cases.append(Case(rule, keep, _explained(program, rule, keep)))
-    return cases, cases[0].part
-
-
-def _explained(program: Program, rule: str, keep: str) -> Part:
-    (part,) = explain_captured([program.copy()], [load_rule(rule).bind(keep=keep)])
-    return part
-
-
-def _last(model: Callable[..., Any]) -> Call:
-    return lambda inputs: model(**inputs, logits_to_keep=1).logits[:, -1]
-
-
-def _variant(model: torch.nn.Module, case: Case, target: str, **options: Any) -> Call:
-    options = {"rule": case.rule, "keep": case.keep, "target": target, **options}
-    return _last(torch.compile(model, backend=tokred, dynamic=False, options=options))
-
-
-def _compile(case: Case, model: torch.nn.Module, settings: Settings, questions: Questions,
-             say: Callable[[str], None]) -> None:
-    """Compile a case in all its variants, answer the questions, and compare with the ideal on the timed batch."""
-    say(f"{case.rule} {case.keep}: compiling, answering {len(questions)} questions")
-    timed = questions.rows(0, settings.batch)
-    recording = Recording()
+def _case(bench: Bench, rule: str, keep: str, settings: Settings, questions: Questions,
+          say: Callable[[str], None]) -> Case:
+    """Compile a case in all its variants, compare with the ideal on the timed batch, and answer the questions."""
+    say(f"{rule} {keep}: compiling")
+    program = bench.program.copy()
+    (part,) = explain_captured([program], [load_rule(rule).bind(keep=keep)])
+    case, timed, recording = Case(rule, keep, part), questions.rows(0, settings.batch), Recording()
     # The timed variant records too: one small copy per call, against it. A variant of its own that records might
     # choose differently where scores tie to the last bit.
-    case.calls["tokred"] = _variant(model, case, settings.target, record=recording)
+    case.calls["tokred"] = bench.recorded(program, settings.target, recording)
     logits = case.calls["tokred"](timed)
     case.kept = dict(recording.maps)
-    case.calls["ideal"] = _variant(model, case, settings.target, replay=_frozen(recording))
+    case.calls["ideal"] = bench.ideal(program, settings.target, recording)
     case.diff = _max_diff(logits, case.calls["ideal"](timed))
-    case.answers = _answers(case.calls["tokred"], questions, settings.batch)
-    say(f"{case.rule} {case.keep}: comparing with the ideal in eager")
     recording = Recording()
-    case.calls["eager"] = _variant(model, case, "eager", record=recording)
+    case.calls["eager"] = bench.recorded(program, "eager", recording)
     logits = case.calls["eager"](timed)
-    case.diff_eager = _max_diff(logits, _variant(model, case, "eager", replay=_frozen(recording))(timed))
-
-
-def _frozen(recording: Recording) -> Recording:
-    """A recording that later calls do not change."""
-    frozen = Recording()
-    frozen.maps = dict(recording.maps)
-    return frozen
+    case.diff_eager = _max_diff(logits, bench.ideal(program, "eager", recording)(timed))
+    say(f"{rule} {keep}: answering {len(questions)} questions")
+    case.answers = _answers(case.calls["tokred"], questions, settings.batch)
+    return case
 
 
 def _max_diff(left: Tensor, right: Tensor) -> float:
@@ -183,30 +146,6 @@ def _answers(call: Call, questions: Questions, batch: int) -> Tensor:
     """int64 [n]: the most likely token after each question, as greedy generation picks it."""
     parts = [call(questions.rows(start, batch)).argmax(-1) for start in range(0, len(questions), batch)]
     return torch.cat(parts)[: len(questions)]
-
-
-def _time(plain: Mapping[str, Call], cases: list[Case], settings: Settings, questions: Questions,
-          say: Callable[[str], None]) -> dict[tuple[str, ...], list[float]]:
-    """Milliseconds of every variant in every round; each round runs all of them, in another order."""
-    timed = questions.rows(0, settings.batch)
-    calls = {("unpruned", name): call for name, call in plain.items()}
-    calls |= {(case.rule, case.keep, name): call for case in cases for name, call in case.calls.items()}
-    spent: dict[tuple[str, ...], list[float]] = {key: [] for key in calls}
-    order, shuffle = list(calls), random.Random(0)
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(settings.warmup + settings.rounds):
-            say(f"timing, round {number + 1} of {settings.warmup + settings.rounds}")
-            shuffle.shuffle(order)
-            for key in order:
-                start = time.perf_counter()
-                calls[key](timed)
-                if number >= settings.warmup:
-                    spent[key].append((time.perf_counter() - start) * 1e3)
-    finally:
-        gc.enable()
-    return spent
 
 
 def _generate(model: torch.nn.Module, cases: list[Case], settings: Settings, questions: Questions) -> None:
@@ -230,31 +169,32 @@ def _image_token(model: torch.nn.Module) -> int:
     return getattr(config, "image_token_index", None) or config.image_token_id
 
 
-def _report(settings: Settings, questions: Questions, unpruned: Part, cases: list[Case], answers: Tensor,
-            latency: dict[tuple[str, ...], list[float]]) -> dict[str, Any]:
+def _report(settings: Settings, questions: Questions, cases: list[Case], answers: Tensor,
+            latency: Mapping[tuple[str, ...], list[float]]) -> dict[str, Any]:
     median = {key: statistics.median(times) for key, times in latency.items()}
     right = _share(answers, questions)
-    before = unpruned.before
+    before, rows = cases[0].part.before, settings.batch
     rules: dict[str, dict[str, Any]] = {}
     for case in cases:
-        rules.setdefault(case.rule, {})[case.keep] = _case_report(case, questions, right, median)
+        rules.setdefault(case.rule, {})[case.keep] = _case_report(case, questions, right, median, rows)
     return {
         "model": MODEL, "images": len(questions),
         "unpruned": {
-            "accuracy": right, "image_tokens": int(cases[0].drop["from"]), "flops": before.totals["decoder"],
-            "flops_all": before.flops, "kv_bytes": before.kv_bytes,
+            "accuracy": right, "image_tokens": int(cases[0].drop["from"]), "flops": before.totals["decoder"] // rows,
+            "flops_all": before.flops // rows, "kv_bytes": before.kv_bytes // rows,
             "latency_ms": {name: median["unpruned", name] for name in ("eager", "inductor")},
         },
         "rules": rules, "batch": settings.batch, "rounds": settings.rounds, "target": settings.target,
         "flops_are": "of the decoder's blocks, for one image", "kv_bytes_are": "for one image",
-        "latency_is": "the median of a batch's forward with a cache, variants interleaved",
+        "latency_is": "the median of one forward of a batch, with a cache; variants interleaved",
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads()},
         "versions": versions(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _case_report(case: Case, questions: Questions, unpruned: float, median: dict[tuple[str, ...], float]) -> dict[str, Any]:
+def _case_report(case: Case, questions: Questions, unpruned: float,
+                 median: Mapping[tuple[str, ...], float], rows: int) -> dict[str, Any]:
     after = case.part.after
     own = {name: median[case.rule, case.keep, name] for name in ("eager", "tokred", "ideal")}
     latency = {"eager": own["eager"], "inductor": median["unpruned", "inductor"], "tokred": own["tokred"],
@@ -262,8 +202,8 @@ def _case_report(case: Case, questions: Questions, unpruned: float, median: dict
     right = _share(case.answers, questions)
     return {
         "accuracy": right, "accuracy_kept": right / unpruned if unpruned else None, "image_tokens": case.image_tokens,
-        "flops": after.totals["decoder"], "flops_all": after.flops, "flops_of_the_rule": after.totals["rule"],
-        "kv_bytes": after.kv_bytes, "latency_ms": latency,
+        "flops": after.totals["decoder"] // rows, "flops_all": after.flops // rows,
+        "flops_of_the_rule": after.totals["rule"] // rows, "kv_bytes": after.kv_bytes // rows, "latency_ms": latency,
         "ratios": {"tokred/ideal": latency["tokred"] / latency["ideal"],
                    "inductor/tokred": latency["inductor"] / latency["tokred"]},
         "max_abs_diff_to_ideal": case.diff, "max_abs_diff_to_ideal_eager": case.diff_eager,

@@ -71,8 +71,9 @@ def _picture_row(result: Result, number: int) -> dict[str, Any]:
     answer = int(questions.answers[number])
     whole = kept_everything(result, number)
     cells = [_cell(result, number, whole, int(result.answers[number]), answer)]
-    cells += [_cell(result, number, kept_patches(case, ids, number, result.image_token), int(case.answers[number]), answer)
-              for case in result.cases]
+    for case in result.cases:
+        kept = kept_patches(case, ids, number, result.image_token)
+        cells.append(_cell(result, number, kept, int(case.answers[number]), answer))
     asked = " ".join(questions.word(int(token)) for token in ids if int(token) > digits.IMAGE)
     return {"question": asked, "answer": questions.word(answer), "cells": cells}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
+import os
 from typing import Any
 
 import torch
 
 _FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 _defaults = {name: getattr(torch._dynamo.config, name) for name in _FLAGS}
+_CONSTANT_CALLS_TAKE_MODULES = "2.13"  # torch.__version__ compares as a version
 _LINKS = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert")
 
 
@@ -23,11 +26,32 @@ def prepare() -> None:
     for name in _FLAGS:
         if getattr(torch._dynamo.config, name) == _defaults[name]:
             setattr(torch._dynamo.config, name, True)
+    _install_hooks_while_tracing()
+    _keep_vision_in_forward()
+
+
+def _install_hooks_while_tracing() -> None:
     module = _optional("transformers.utils.output_capturing")
     installer = getattr(module, "maybe_install_capturing_hooks", None)
-    if installer is not None and not getattr(installer, "_dynamo_marked_constant", False):
+    if installer is None:
+        return
+    if torch.__version__ >= _CONSTANT_CALLS_TAKE_MODULES:
         torch.compiler.assume_constant_result(installer)
-    _keep_vision_in_forward()
+        return
+    # The same versions fail in Dynamo on transformers' checks of tensor counts; this is transformers' switch for them.
+    os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    if _install_hooks_before_tracing not in torch._dynamo.callback_handler.start_callbacks:  # reset() clears them
+        torch._dynamo.callback_handler.register_start_callback(_install_hooks_before_tracing)
+
+
+def _install_hooks_before_tracing(*args: Any) -> None:
+    """Older PyTorch cannot make a constant of a call with a module: let all models have their hooks when tracing starts."""
+    del args
+    base = getattr(_optional("transformers"), "PreTrainedModel", None)
+    install = _optional("transformers.utils.output_capturing").maybe_install_capturing_hooks  # type: ignore[union-attr]
+    for found in gc.get_objects():
+        if base is not None and issubclass(type(found), base):
+            install(found)
 
 
 def _keep_vision_in_forward() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import capture
@@ -20,6 +22,7 @@ SMALL = 500_000_000
 """Parameters up to which a model that is not one graph may be built with random weights, to be run piece by piece."""
 
 _TEXT_LENGTH = 16
+_OWN_INPUTS = "call tokcompile.report.explain(model, inputs, rules) with inputs of your own"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        weights: `zoo`, or `meta` where a model was built from its configuration without memory for weights.
+        weights: `zoo`; `none` where a model was built from its configuration as shapes alone; `random`.
     """
 
     name: str
@@ -40,8 +43,8 @@ class Source:
 def load_source(name: str, batch: int = 1) -> Source:
     """Build the model that a user names, with example inputs of one image or one short text.
 
-    A Hugging Face model is built from its configuration on the meta device: sites and costs need no weights, so none
-    are downloaded.
+    A Hugging Face model is built from its configuration as shapes alone: sites and costs need no weights, so none are
+    downloaded.
 
     Raises:
         TokredError: there is no such model, or no inputs are known for its kind.
@@ -78,28 +81,29 @@ def _config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # whatever the hub, a proxy or a broken file raises: the user needs one sentence
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "this folder holds no readable config.json" if Path(name).is_dir() else "no folder or model of that name"
-        raise RuleError(f"model '{name}' cannot be loaded: {where}", found=reason[:300],
+        why = "this folder holds no readable config.json" if Path(name).is_dir() else "no folder or model of that name"
+        raise RuleError(f"model '{name}' cannot be loaded: {why}", found=reason[:300],
                         remedy="zoo:NAME, a folder with a config.json, or a Hugging Face id (with network or in the "
                                "local cache)") from error
 
 
-def from_config(config: Any, name: str, batch: int = 1, *, device: str = "meta") -> Source:
-    """Build a model from a transformers configuration, with random weights or none, and inputs for it.
+def from_config(config: Any, name: str, batch: int = 1, *, weights: bool = False) -> Source:
+    """Build a model from a transformers configuration, as shapes alone or with random weights, and inputs for it.
 
     Raises:
         TokredError: transformers has no model for it, or no inputs are known for its kind.
     """
-    try:
-        with torch.device(device):
+    # Fake values rather than the meta device: a cache that starts empty does not trace there.
+    with torch.no_grad(), nullcontext() if weights else FakeTensorMode():
+        try:
             model = _class(config)._from_config(config).eval()
-    except TokredError:
-        raise
-    except Exception as error:
-        raise RuleError(f"transformers cannot build the model '{name}'", found=f"{type(error).__name__}: {error}"[:300],
-                        remedy="check its configuration with transformers.AutoModel.from_config") from error
-    with torch.no_grad():
-        return Source(name, model, example_inputs(model, batch, device), "meta" if device == "meta" else "random")
+        except TokredError:
+            raise
+        except Exception as error:
+            raise RuleError(f"transformers cannot build the model '{name}'",
+                            found=f"{type(error).__name__}: {error}"[:300],
+                            remedy="check its configuration with transformers.AutoModel.from_config") from error
+        return Source(name, model, example_inputs(model, batch), "random" if weights else "none")
 
 
 def _class(config: Any) -> Any:
@@ -118,7 +122,7 @@ def _class(config: Any) -> Any:
     raise RuleError(f"transformers has no model for '{config.model_type}'", remedy="use a model that transformers has")
 
 
-def example_inputs(model: torch.nn.Module, batch: int, device: str) -> dict[str, torch.Tensor]:
+def example_inputs(model: torch.nn.Module, batch: int) -> dict[str, torch.Tensor]:
     """Inputs by what the model's configuration says: one image and a short text, a text, or an image.
 
     Raises:
@@ -128,32 +132,31 @@ def example_inputs(model: torch.nn.Module, batch: int, device: str) -> dict[str,
     vision = getattr(config, "vision_config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if vision is None and getattr(config, "image_size", None) is None:
-        return _text(torch.full((batch, _TEXT_LENGTH), 5), device)
-    pixels = _pixels(vision or config, batch, device, model.dtype)
+        return _text(torch.full((batch, _TEXT_LENGTH), 5))
+    pixels = _pixels(vision or config, batch, model.dtype)
     if vision is None or getattr(text, "vocab_size", None) is None:
         return {"pixel_values": pixels}
     token = next((t for t in (getattr(config, a, None) for a in ("image_token_id", "image_token_index"))
                   if t is not None), None)
     if token is None:
-        return _text(torch.full((batch, _TEXT_LENGTH), 5), device) | {"pixel_values": pixels}
+        return _text(torch.full((batch, _TEXT_LENGTH), 5)) | {"pixel_values": pixels}
     image = _image_tokens(model, pixels) // batch
     row = torch.tensor([1] + [token] * image + [5] * _TEXT_LENGTH)
-    return _text(row.expand(batch, -1), device) | {"pixel_values": pixels}
+    return _text(row.expand(batch, -1)) | {"pixel_values": pixels}
 
 
-def _text(ids: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
-    ids = ids.to(device)
+def _text(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _pixels(config: Any, batch: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+def _pixels(config: Any, batch: int, dtype: torch.dtype) -> torch.Tensor:
     size = getattr(config, "image_size", None)
     if size is None:
         raise RuleError(f"no example image is known for a '{config.model_type}' vision tower",
                         found="its configuration states no image_size",
-                        remedy="call tokcompile.report.explain(model, inputs, rules) with inputs of your own")
+                        remedy=_OWN_INPUTS)
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(batch, getattr(config, "num_channels", 3), height, width, device=device, dtype=dtype)
+    return torch.zeros(batch, getattr(config, "num_channels", 3), height, width, dtype=dtype)
 
 
 def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
@@ -163,18 +166,18 @@ def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
     except Exception as error:
         raise RuleError("the number of image tokens of this model is not known",
                         found=f"get_image_features: {type(error).__name__}: {error}"[:300],
-                        remedy="call tokcompile.report.explain(model, inputs, rules) with inputs of your own") from error
+                        remedy=_OWN_INPUTS) from error
     found = getattr(found, "pooler_output", found)
     parts = found if isinstance(found, (tuple, list)) else [found]
     return sum(part.shape[:-1].numel() for part in parts)
 
 
 def capture_source(source: Source) -> tuple[Source, list[Program]]:
-    """Capture a source; a small one that is not one graph on the meta device is built with weights and run."""
+    """Capture a source; a small one without weights that is not one graph is built with some, and run."""
     try:
         return source, capture(source.model, source.inputs)
     except CaptureError:
-        if source.weights != "meta":
+        if source.weights != "none":
             raise
         source = runnable(source)
         return source, capture(source.model, source.inputs)
@@ -185,7 +188,7 @@ def explain_source(source: Source, rules: Sequence[RuleInstance]) -> Explanation
     try:
         return explain(source.model, source.inputs, rules, name=source.name)
     except CaptureError:
-        if source.weights != "meta":
+        if source.weights != "none":
             raise
         source = runnable(source)
         return explain(source.model, source.inputs, rules, name=source.name)
@@ -202,4 +205,4 @@ def runnable(source: Source) -> Source:
         raise CaptureError(f"'{source.name}' does not capture as one graph", found=f"{count:,} parameters",
                            remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)")
     batch = next(iter(source.inputs.values())).shape[0]
-    return from_config(source.model.config, source.name, batch, device="cpu")
+    return from_config(source.model.config, source.name, batch, weights=True)

@@ -53,7 +53,8 @@ def _cards(part: Part) -> list[dict[str, str]]:
     cards.append(("FLOPs in all", old.flops, new.flops, amount))
     if old.kv_bytes:
         cards.append(("KV cache", old.kv_bytes, new.kv_bytes, bytes_of))
-    return [{"title": title, "before": show(a), "after": show(b), "change": change(a, b)} for title, a, b, show in cards]
+    return [{"title": title, "before": show(a), "after": show(b), "change": change(a, b)}
+            for title, a, b, show in cards]
 
 
 def _chart(part: Part) -> dict[str, Any]:

@@ -32,17 +32,17 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     """
     dump(program, "captured")
     done: list[Applied] = []
+    phase = find_sites(program).phase
     for instance in rules:
         start = time.perf_counter()
-        sites = find_sites(program)
-        applied = Applied(instance.name, phase=sites.phase)
-        if sites.phase == "decode":
-            adapt_decode(program, sites, instance, facts(program, sites), applied)
-        else:
-            _run(program, sites, instance, applied, [d.rule for d in done])
+        applied = Applied(instance.name, phase=phase)
+        if phase == "prefill":
+            _run(program, find_sites(program), instance, applied, [d.rule for d in done])
         applied.milliseconds = (time.perf_counter() - start) * 1e3
         dump(program, f"after-{len(done)}-{instance.name}")
         done.append(applied)
+    if phase == "decode":
+        adapt_decode(program, rules, facts(program, find_sites(program)), done)
     program.graph.eliminate_dead_code()
     program.changed()
     if check:

@@ -21,7 +21,7 @@ from tokcompile.flops import Counter, concrete, is_attention_matrix
 from tokcompile.params import plain
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program, tensor
-from tokcompile.sites import Block, Sites, find_sites
+from tokcompile.sites import Attention, Block, Sites, find_sites
 from tokcompile.sites.reach import Reach
 
 SECTIONS = ("vision", "projector", "decoder", "encoder", "rule", "rest")
@@ -221,10 +221,18 @@ def measure(program: Program, now: Sites, blocks: list[tuple[str, int, Block]], 
         if block is not None:
             flops[block] += cost[node].flops
     rows = tuple(_row(*blocks[i], flops[i], now, live) for i in range(len(blocks)))
-    found = [{"node": n.name, "shape": list(s)} for n in live for s in _matrices(n, cost[n].matrices)]
+    sizes = {_matrix_size(site) for site in now.attentions}
+    found = [{"node": n.name, "shape": list(s)} for n in section for s in _matrices(n, cost[n].matrices)
+             if s[-2:] in sizes]
     found.sort(key=lambda each: each["node"])
     count = sum(n.op == "call_function" for n in live)
     return Measure(rows, totals, count, tuple(found), tuple(sorted(counter.unknown)))
+
+
+def _matrix_size(site: Attention) -> tuple[int, int]:
+    """Query and key tokens of an attention: an image of many pixels is square too, but is not of this size."""
+    query, key = site.query.meta["val"].shape, site.key.meta["val"].shape
+    return concrete(query[-2]), concrete(key[-1 if site.key_transposed else -2])
 
 
 def _matrices(node: Node, inside: tuple[tuple[int, ...], ...]) -> set[tuple[int, ...]]:
@@ -243,7 +251,8 @@ def _row(stack: str, index: int, block: Block, flops: int, now: Sites, live: set
     alive = node in live
     cache = next((c for b, c in now.caches.items() if b.attention.node is node), None)
     size = sum(_bytes(n) for n in (cache.key, cache.value)) if cache is not None else 0
-    return Row(stack, index, block.path, concrete(node.meta["val"].shape[-2]), flops, size, node.target in _FUSED, alive)
+    tokens = concrete(node.meta["val"].shape[-2])
+    return Row(stack, index, block.path, tokens, flops, size, node.target in _FUSED, alive)
 
 
 def _bytes(node: Node) -> int:

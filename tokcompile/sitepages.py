@@ -105,11 +105,11 @@ def _stacks(graph: dict[str, Any], plain: bool) -> RenderableType:
     for stack in graph["stacks"]:
         unused = stack["blocks"] - 1 - stack["features"]
         blocks = f"{stack['blocks']}" + (f" (output from {stack['features']})" if unused else "")
-        heads = f"{stack['heads']}" if stack["heads"] == stack["kv_heads"] else f"{stack['heads']} / {stack['kv_heads']}"
+        heads = " / ".join(map(str, dict.fromkeys((stack["heads"], stack["kv_heads"]))))
         cache = f"{stack['caches']} × {stack['cache_shape']}" if stack["caches"] else "–"
-        result.add_row(stack["stack"], blocks, str(stack["tokens"]), str(stack["width"]), heads, str(stack["head_size"]),
-                       Text(", ".join(stack["positions"]) or "in the embeddings"), Text(stack["attention"]), Text(cache),
-                       Text(stack["path"]))
+        sizes = (str(stack[key]) for key in ("tokens", "width"))
+        words = (", ".join(stack["positions"]) or "in the embeddings", stack["attention"], cache, stack["path"])
+        result.add_row(stack["stack"], blocks, *sizes, heads, str(stack["head_size"]), *map(Text, words))
     return result
 
 

@@ -1,0 +1,155 @@
+"""`tokcompile.rewrite`: an exported program in, a valid exported program out."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fleet
+import naive
+import pytest
+import torch
+from harness import difference, prune
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import tokcompile
+
+RULES = {
+    "fastv": ({"keep": 5}, lambda m, i: naive.run(m, i, [naive.fastv(2, 5)])),
+    "hiprune": ({"keep": 5, "alpha": 0.7}, lambda m, i: naive.run(m, i, patches=naive.hiprune(5, 0.7))),
+    "random": ({"keep": 5}, lambda m, i: naive.run(m, i, [naive.random(5)])),
+}
+
+
+class Logits(nn.Module):
+    """A LLaVA without its cache, whose class is no tree that an exported program can return."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
+                          use_cache=False).logits
+
+
+@cache
+def exported() -> tuple[nn.Module, dict[str, Tensor], ExportedProgram]:
+    """One exported LLaVA for all tests."""
+    model = fleet.build("llava")
+    inputs = fleet.example(model, 2, (1, 0))
+    with torch.no_grad():
+        model(**inputs)  # transformers installs hooks at the first call, which export cannot trace
+        return model, inputs, torch.export.export(Logits(model), (), inputs, strict=False)
+
+
+def _text(program: ExportedProgram) -> str:
+    return program.graph_module.code + str(program.graph_signature)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rewritten_program_runs_and_equals_the_compiled_model(rule: str) -> None:
+    model, inputs, program = exported()
+    params, by_hand = RULES[rule]
+    before = _text(program)
+    rewritten = tokcompile.rewrite(program, rule, **params)
+    out = rewritten.module()(**inputs)
+    assert difference(out, by_hand(model, inputs).logits) == 0
+    assert difference(out, prune(model, rule=rule, **params)(**inputs, use_cache=False).logits) == 0
+    assert _text(program) == before
+    assert difference(program.module()(**inputs), model(**inputs).logits.detach()) == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_parameters_and_signature_are_those_of_the_original(rule: str) -> None:
+    _, _, program = exported()
+    rewritten = tokcompile.rewrite(program, rule, **RULES[rule][0])
+    assert list(rewritten.state_dict) == list(program.state_dict)
+    assert all(rewritten.state_dict[name] is held for name, held in program.state_dict.items())
+    assert rewritten.graph_signature.parameters == program.graph_signature.parameters
+    assert rewritten.graph_signature.user_inputs == program.graph_signature.user_inputs
+    assert len(rewritten.graph_signature.user_outputs) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rewritten_program_decomposes_exports_and_saves_again(rule: str, tmp_path: Path) -> None:
+    model, inputs, program = exported()
+    rewritten = tokcompile.rewrite(program, rule, **RULES[rule][0])
+    expected = rewritten.module()(**inputs)
+    lowered = rewritten.run_decompositions()
+    assert difference(lowered.module()(**inputs), expected) <= 1e-5
+    assert not any("tokred" in str(n.target) for n in lowered.graph.nodes)
+    again = torch.export.export(rewritten.module(), (), inputs)
+    assert difference(again.module()(**inputs), expected) == 0
+    torch.export.save(rewritten, tmp_path / "pruned.pt2")
+    assert difference(torch.export.load(tmp_path / "pruned.pt2").module()(**inputs), expected) == 0
+
+
+def test_dynamic_dimensions_stay_dynamic() -> None:
+    model = fleet.build("llava")
+    batch, length = torch.export.Dim("batch", min=2, max=16), torch.export.Dim("length", min=20, max=128)
+    inputs = fleet.example(model, 2, (1, 0))
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}, "pixel_values": {0: batch}}
+    with torch.no_grad():
+        model(**inputs)
+        program = torch.export.export(Logits(model), (), inputs, dynamic_shapes=shapes, strict=False)
+    rewritten = tokcompile.rewrite(program, "random", keep=5)
+    for rows, text in ((2, 7), (4, 11), (5, 47)):
+        inputs = fleet.example(model, rows, (0, 2), text=text)
+        ran = naive.run(model, inputs, [naive.random(5)])
+        assert difference(rewritten.module()(**inputs), ran.logits) <= 1e-5
+
+
+VISION_RULE = """
+rule: mine
+about: Drop the patches whose vectors are short, before the second block.
+params:
+  keep: {type: ratio_or_count, default: 6, about: tokens kept}
+steps:
+  - score: {name: long, by: norm, at: vision.1.input}
+  - select: {name: kept, by: topk, scores: long, keep: "${keep}", among: image}
+  - drop: {at: vision.1.input, keep: kept}
+"""
+
+
+def _vit_by_hand(model: nn.Module, pixels: Tensor, keep: int) -> Tensor:
+    """A ViT's logits with the class token and the longest patches alone from the second block on."""
+    tower = model.vit
+    hidden = tower.embeddings(pixels)
+    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
+    for number, block in enumerate(blocks):
+        if number == 1:
+            norms = hidden.float().norm(dim=-1)
+            kept = [[0, *naive.best(row, range(1, hidden.shape[1]), keep)] for row in norms]
+            hidden = torch.stack([hidden[b][row] for b, row in enumerate(kept)])
+        out = block(hidden)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return model.classifier(tower.layernorm(hidden)[:, 0])
+
+
+@pytest.fixture
+def vit() -> tuple[nn.Module, dict[str, Tensor], ExportedProgram]:
+    model = fleet.build("vit")
+    inputs = fleet.example(model, 2)
+    with torch.no_grad():
+        model(**inputs)
+        return model, inputs, torch.export.export(model, (), inputs, strict=False)
+
+
+def test_a_vision_transformer_drops_patches_and_keeps_its_class_token(vit: Any, tmp_path: Path) -> None:
+    model, inputs, program = vit
+    path = tmp_path / "mine.yaml"
+    path.write_text(VISION_RULE)
+    with torch.no_grad():
+        out = tokcompile.rewrite(program, path, keep=6).module()(**inputs)
+        assert difference(out.logits, _vit_by_hand(model, inputs["pixel_values"], 6)) == 0
+        assert difference(prune(model, rule=str(path), keep=6)(**inputs).logits, out.logits) == 0
+
+
+@pytest.mark.parametrize("rule", ["fastv", "random"])
+def test_a_rule_for_a_decoder_is_refused_on_a_vision_transformer(vit: Any, rule: str) -> None:
+    _, _, program = vit
+    with pytest.raises(tokcompile.AddressError, match="no decoder stack"):
+        tokcompile.rewrite(program, rule)

@@ -1,0 +1,177 @@
+"""Impossible requests: one clear error that names the place and the remedy, and no compiled graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fleet
+import pytest
+import torch
+import torch._dynamo
+from harness import prune, refusal
+from torch import Tensor, nn
+
+from tokcompile import AddressError, EditError, LowerError, RuleError, TokredError
+from tokcompile.backend import tokred
+
+SCORE = "{name: s, by: norm, at: %s}"
+
+
+def rule_file(folder: Path, *steps: str) -> str:
+    """Write a rule of these steps; the path of its file."""
+    path = folder / "mine.yaml"
+    lines = ["rule: mine", "about: A rule of a test.", "params:", "  keep: {type: ratio_or_count, default: 4, about: n}",
+             "steps:", *(f"  - {step}" for step in steps)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def refused(model: nn.Module, inputs: dict[str, Tensor], kind: type[TokredError], **options: Any) -> TokredError:
+    """Compile and call; the error, once it is sure that nothing was compiled."""
+    pruned = prune(model, **options)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  Dynamo wraps what a backend raises
+        pruned(**inputs)
+    error = refusal(caught.value)
+    assert type(error) is kind, error
+    assert pruned.report.graphs == [] and pruned.recording.maps == {}
+    assert error.remedy
+    return error
+
+
+def test_a_layer_that_is_not_there() -> None:
+    model = fleet.shared("llava")
+    error = refused(model, fleet.example(model), AddressError, rule="fastv", layer=99)
+    assert "decoder.98.attention" in str(error) and "fastv.yaml" in str(error)
+    assert "decoder has 3 blocks, 0 to 2" in error.cause
+    assert "decoder.0..2.input" in error.found
+
+
+def test_a_drop_at_a_layer_that_is_not_there(tmp_path: Path) -> None:
+    model = fleet.shared("llava")
+    path = rule_file(tmp_path, "score: {name: s, by: norm, at: decoder.1.input}",
+                     "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
+                     "drop: {at: decoder.99.input, keep: k}")
+    error = refused(model, fleet.example(model), AddressError, rule=path)
+    assert "'decoder.99.input' matches nothing" in error.cause
+    assert any("mine.yaml:8" in place for place in error.where)
+
+
+@pytest.mark.parametrize("name", fleet.DECODERS)
+def test_a_rule_for_vision_on_a_decoder_alone(name: str) -> None:
+    model = fleet.shared(name)
+    error = refused(model, fleet.example(model), RuleError, rule="hiprune")
+    assert "vision.depth" in error.cause and "hiprune.yaml" in str(error)
+
+
+def test_a_rule_for_vision_on_a_decoder_alone_names_the_stack() -> None:
+    model = fleet.shared("llama")
+    error = refused(model, fleet.example(model), AddressError, rule="hiprune", object_layer=1, keep=4)
+    assert "no vision stack" in error.cause and "decoder.0..2.attention" in error.found
+
+
+@pytest.mark.parametrize("rule", ["fastv", "random"])
+def test_image_tokens_in_a_prompt_without_an_image(rule: str) -> None:
+    model = fleet.shared("llava")
+    inputs = fleet.example(model)
+    del inputs["pixel_values"]
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=fleet.IMAGE - 1)
+    error = refused(model, inputs, EditError, rule=rule)
+    assert error.cause == "no image tokens in this graph"
+    assert f"{rule}.yaml" in str(error) and "select" in str(error)
+
+
+def test_a_drop_before_its_score(tmp_path: Path) -> None:
+    model = fleet.shared("llava")
+    path = rule_file(tmp_path, "score: {name: s, by: attention_received, at: decoder.2.attention, queries: last}",
+                     "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
+                     "drop: {at: decoder.1.input, keep: k}")
+    error = refused(model, fleet.example(model), EditError, rule=path)
+    assert "dropped before they are chosen" in error.cause
+    assert any("mine.yaml:8" in place for place in error.where)
+
+
+class InPieces(nn.Module):
+    """A LLaVA that Dynamo splits between its vision tower and its decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        features = self.model.get_image_features(pixel_values).pooler_output
+        torch._dynamo.graph_break()
+        features = torch.cat(list(features)).to(embeddings.dtype)
+        mask = (input_ids == fleet.IMAGE)[..., None].expand_as(embeddings)
+        return self.model.model.language_model(inputs_embeds=embeddings.masked_scatter(mask, features),
+                                               attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("rule", ["fastv", "hiprune", "random"])
+def test_a_model_that_comes_in_pieces(rule: str) -> None:
+    model = fleet.shared("llava")
+    pruned = prune(InPieces(model), rule=rule)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  Dynamo wraps what a backend raises
+        pruned(**fleet.example(model))
+    error = refusal(caught.value)
+    assert "decoder" in str(error) or "vision" in str(error)
+    assert "piece" in str(error)
+
+
+@pytest.mark.parametrize("rule", ["fastv", "hiprune", "random"])
+def test_rows_with_different_numbers_of_images_fail_when_run(rule: str) -> None:
+    """Two images in one row and none in the other: a graph of two rows and two images, and no row of one each."""
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 2, text=23)
+    ids = inputs["input_ids"]
+    ids[0, 17: 33] = fleet.IMAGE
+    ids[1, 1: 17] = 7
+    pruned = prune(model, rule=rule, keep=5)
+    with pytest.raises(RuntimeError, match="different numbers of image tokens"):
+        pruned(**inputs)
+
+
+def test_a_rule_that_needs_the_grid_after_it_is_gone() -> None:
+    model = fleet.shared("llava")
+    rules = [{"rule": "hiprune", "keep": 9}, {"rule": "hiprune", "keep": 4, "alpha": 1.0}]
+    error = refused(model, fleet.example(model), EditError, rules=rules)
+    assert "grid" in str(error) and "after hiprune" in str(error)
+
+
+def test_an_unknown_target() -> None:
+    model = fleet.shared("llava")
+    pruned = prune(model, target="inductr", rule="random")
+    with pytest.raises(Exception, match="unknown target 'inductr'") as caught:
+        pruned(**fleet.example(model))
+    error = refusal(caught.value)
+    assert type(error) is LowerError and "did you mean 'inductor'" in error.remedy
+
+
+@pytest.mark.parametrize(("options", "said"), [({}, "needs a rule"), ({"rule": "fastvv"}, "fastv"),
+                                               ({"rule": "fastv", "budget": 3}, "no option 'budget'"),
+                                               ({"rule": "fastv", "rules": ["random"]}, "both")])
+def test_options_that_name_no_rule(options: dict[str, Any], said: str) -> None:
+    model = fleet.shared("llama")
+    compiled = torch.compile(model, backend=tokred, options=options)
+    with pytest.raises(Exception, match=said) as caught, torch.no_grad():
+        compiled(**fleet.example(model))
+    assert type(refusal(caught.value)) is RuleError
+
+
+def test_an_operator_without_a_rule_where_the_edit_reaches_it(tmp_path: Path) -> None:
+    """Named: the operator, the place in the model's source, and the file where a rule for it goes."""
+
+    class Odd(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return torch.ops.aten.unfold(self.model(**inputs).logits, 1, 2, 1)
+
+    model = fleet.shared("llama")
+    error = refused(Odd(model), fleet.example(model), EditError, rule="random", among="all", keep=6)
+    assert "aten.unfold.default" in error.cause
+    assert "test_refusals.py" in str(error)
+    assert "tokcompile/axes/rules.py" in error.remedy

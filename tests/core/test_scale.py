@@ -1,0 +1,44 @@
+"""Models of real proportions: the rewrite of a 7B in a second, and a fresh process that imports nothing of tokcompile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tokcompile.capture import capture
+from tokcompile.pipeline import apply_rules
+from tokcompile.rulefile import parse_rules
+
+SCRIPT = Path(__file__).parent / "fresh_process.py"
+
+
+def test_a_7b_is_rewritten_in_a_second() -> None:
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig()).eval()
+    config = model.config
+    assert (config.text_config.num_hidden_layers, config.vision_config.hidden_size) == (32, 1024)
+    ids = torch.full((1, 640), 7, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False,
+              "pixel_values": torch.zeros(1, 3, 336, 336, device="meta")}
+    programs = capture(model, inputs)
+    assert len(programs) == 1
+    start = time.perf_counter()
+    applied = apply_rules(programs[0], parse_rules({"rule": "fastv"}), check=False)
+    seconds = time.perf_counter() - start
+    assert applied[0].steps[-1]["from"] == "576"
+    assert programs[0].output.args[0][0].meta["val"].shape[1] == 640 - 288
+    assert seconds < 1.0, f"sites, axes and rewrite took {seconds:.2f} s"
+
+
+def test_a_fresh_process_without_an_import(tmp_path: Path) -> None:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, cwd=tmp_path, env=env,
+                          timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["compile", "generate", "api"]
