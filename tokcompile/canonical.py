@@ -29,6 +29,9 @@ def canonicalise(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target is aten.narrow.default and all(isinstance(n, int) and n >= 0 for n in node.args[2:4]):
+            value, dim, start, length = node.args  # a slice under another name
+            node.target, node.args = aten.slice.Tensor, (value, dim, start, start + length)
         kept = _passes_through(node)
         if kept is not None:
             node.replace_all_uses_with(kept)

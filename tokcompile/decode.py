@@ -83,7 +83,7 @@ def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int,
         positions = rotary.positions
         with editor.after([positions]):
             done = {positions: _positions(editor, sites, positions, first)}
-        for node in sorted(region, key=sites.reach.order.__getitem__):
+        for node in sorted(region - {blocks[first].input}, key=sites.reach.order.__getitem__):
             for table in _tables(node, region, positions, sites):
                 with editor.before(node):
                     editor.swap_input(node, table, recompute(editor, table, positions, done))

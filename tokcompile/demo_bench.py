@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from tokcompile.capture import from_dynamo
@@ -40,7 +41,7 @@ class Bench:
     def __init__(self, model: torch.nn.Module, example: Mapping[str, Tensor], target: str) -> None:
         self.target = target
         self._current: Callable[..., Any] | None = None
-        self._captured: list[tuple[GraphModule, Sequence[Any], Program]] = []
+        self._captured: list[tuple[GraphModule, Program, TracingContext]] = []
         prepare()
         self._call = last_logits(torch.compile(model, backend=self._backend, dynamic=False))
         self._call(example)
@@ -48,32 +49,38 @@ class Bench:
             raise CaptureError("the model is not one graph", found=f"{len(self._captured)} graphs")
 
     def _backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._captured.append((gm, list(example_inputs), from_dynamo(gm, example_inputs)))
+        self._captured.append((gm, from_dynamo(gm, example_inputs), TracingContext.get()))
         self._current = gm.forward
         return lambda *args: self._current(*args)
 
     @property
     def program(self) -> Program:
         """The captured program; copy it before an edit."""
-        return self._captured[0][2]
+        return self._captured[0][1]
 
     def plain(self) -> Call:
         """The unpruned graph as the target compiles it, straight from Dynamo."""
-        gm, example, _ = self._captured[0]
-        return self._variant(lower(gm, example, self.target))
+        return self._variant(self._lower(self._captured[0][0], self.target))
 
     def recorded(self, program: Program, target: str, recording: Recording) -> Call:
         """A rewritten program, compiled; each call records its selections."""
         program = program.copy()
         wrap = record(program, recording)
-        return self._variant(wrap(lower(program.gm, self._captured[0][1], target)))
+        return self._variant(wrap(self._lower(program.gm, target)))
 
     def ideal(self, program: Program, target: str, recording: Recording) -> Call:
         """A rewritten program, compiled with the selections of a recording as constants."""
         program, frozen = program.copy(), Recording()
         frozen.maps = dict(recording.maps)
         replay(program, frozen)
-        return self._variant(lower(program.gm, self._captured[0][1], target))
+        return self._variant(self._lower(program.gm, target))
+
+    def _lower(self, gm: GraphModule, target: str) -> Callable[..., Any]:
+        """Compile a graph as if within the capture: the scalars that the model reads have their symbols there."""
+        _, program, context = self._captured[0]
+        fakes = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+        with tracing(context):
+            return lower(gm, fakes, target)
 
     def _variant(self, run: Callable[..., Any]) -> Call:
         def call(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 tokred = torch.ops.tokred
 _ORDERED = {aten.flip.default: 1, aten.roll.default: 2}
+_BY_INDEX = {aten.gather.default, aten.argmax.default, aten.argmin.default, aten.unbind.int, aten.scatter.src,
+             aten.scatter.value, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}
+_TRIANGLES = {aten.triu.default, aten.tril.default}
 
 
 def makes_values(node: Node) -> bool:
@@ -38,6 +41,7 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     Raises:
         EditError: the operator depends on places in a way that an edit cannot follow.
     """
+    _refuse_indices(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
     if node.target is aten.select.int:
         return _select(transport, node, token_map, edited[0])
@@ -51,6 +55,30 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
         if any(wrap(d, len(transport.of(edited[0]))) in transport.where(edited[0], token_map.axis) for d in moved):
             raise EditError("the model reorders tokens after the place of the edit", where=[place(node)])
     return None
+
+
+def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> None:
+    """Operators whose arguments or results are token numbers: those of the old sequence mean nothing on the new."""
+    value = node.args[0]
+    spots = transport.where(value, token_map.axis) if isinstance(value, Node) else []
+    if not spots:
+        return
+    rank = len(transport.of(value))
+    if node.target is aten.embedding.default:
+        used = {0}
+    elif node.target is aten.index.Tensor:
+        used = {i for i, index in enumerate(node.args[1]) if index is not None}
+    elif node.target in _BY_INDEX:
+        dim = arg(node, 1, "dim", 0 if node.target is aten.unbind.int else None)
+        used = set(range(rank)) if dim is None else {wrap(dim, rank)}
+    elif node.target in _TRIANGLES and len({rank - 2, rank - 1} & set(spots)) == 1:
+        used = {rank - 2, rank - 1}
+    else:
+        return
+    if used & set(spots):
+        raise EditError("the model picks tokens by their number after the place of the edit", where=[place(node)],
+                        found=f"'{node.target}' on the token dimension of {tuple(value.meta['val'].shape)}",
+                        remedy="drop tokens further down, or where no later value is picked by number")
 
 
 def _select(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:

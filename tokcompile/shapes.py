@@ -27,7 +27,9 @@ def contains(dim: Dim, axis: Dim) -> bool:
 
 
 def repair(transport: Transport, node: Node, token_map: TokenMap) -> None:
-    """Give an operator the sizes of the new axis."""
+    """Give an operator the sizes of the new axis. One that only checks its input, and makes no value, has none."""
+    if node not in transport.axes.context.dims:
+        return
     args = repaired_args(transport, node, token_map)
     if args != list(node.args):
         transport.editor.set_args(node, args)

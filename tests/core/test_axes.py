@@ -352,7 +352,7 @@ class Walk:
         spots = self.spots(bool)
         if spots:
             i = self.pick(spots)
-            self.add(lambda x: torch.cat([x.narrow(i, 0, 1), x], i).narrow(i, 1, x.shape[i]), self.words)
+            self.add(lambda x: aten.slice(torch.cat([aten.slice(x, i, 0, 1), x], i), i, 1, x.shape[i] + 1), self.words)
 
     def _twice(self) -> None:
         self.add(lambda x: torch.cat([x, x]), [("P", *self.words[0]), *self.words[1:]])

@@ -132,6 +132,7 @@ def test_rows_with_different_numbers_of_images_fail_when_run(rule: str) -> None:
         pruned(**inputs)
 
 
+@pytest.mark.xfail(strict=True, reason="core bug 2: a selection on an axis that an earlier drop cut is not refused")
 def test_a_rule_that_needs_the_grid_after_it_is_gone() -> None:
     model = fleet.shared("llava")
     rules = [{"rule": "hiprune", "keep": 9}, {"rule": "hiprune", "keep": 4, "alpha": 1.0}]

@@ -189,9 +189,15 @@ def slice_(ctx: Context, node: Node) -> Dims:
     """Take a range of a dimension: a whole segment of a concatenation is known by its own atom."""
     dims = list(ctx.of(node.args[0]))
     where = wrap(arg(node, 1, "dim", 0), len(dims))
-    dims[where] = sub_range(dims[where], arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1),
-                            shape(node)[where])
+    start, end, step = (_bound(arg(node, i, name)) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+    dims[where] = sub_range(dims[where], start, end, 1 if step is None else step, shape(node)[where])
     return dims
+
+
+def _bound(value: Any) -> Any:
+    """A bound of a range as an int or expression; None for an open one."""
+    value = value.meta["val"] if isinstance(value, Node) else value
+    return None if value is None else size_of(value)
 
 
 def sub_range(dim: Dim, start: Any, end: Any, step: Any, size: Any) -> Dim:
@@ -224,7 +230,7 @@ def _segment(atom: Atom, start: int, end: Any) -> Dim | None:
         if not isinstance(offset, int):
             return None
         last = index == len(sizes) - 1
-        if offset == start and ((end is None and last) or (end is not None and same(offset + size, size_of(end)))):
+        if offset == start and ((end is None and last) or (end is not None and same(offset + size, end))):
             return resolve(atom.segments[index])
         offset = offset + size
     return None

@@ -41,32 +41,33 @@ SPLIT_SEED = 20240
 TEST_FRACTION = 0.2
 SCAN_PATCHES = 3
 """Patches across a scan: 8 x 8 values are drawn about 24 pixels wide."""
+CROWD = 3
+"""Digits along each side of a crowded canvas."""
 _SPLIT_NUMBER = {"train": 0, "test": 1}
 
 
 @dataclass(frozen=True)
 class Canvases:
-    """A batch of n canvases; axis 1 of `labels` and `boxes` is the colour, in the order of COLOURS.
+    """A batch of n canvases of k digits: four, one in each colour in the order of COLOURS, or nine in any colours.
 
     pixel_values: float32 [n, 3, 112, 112], normalised as the model expects.
-    labels: int64 [n, 4], the digit shown in each colour.
-    boxes: float32 [n, 4, 4], the box of each digit's ink in pixels, (left, top, right, bottom), right and bottom
+    labels: int64 [n, k], the digits shown.
+    colours: int64 [n, k], the colour of each.
+    boxes: float32 [n, k, 4], the box of each digit's ink in pixels, (left, top, right, bottom), right and bottom
         exclusive.
     patch_labels: int64 [n, 196], 10 * colour + digit where a digit's ink box covers at least half of the patch,
         otherwise BACKGROUND.
+    owners: int64 [n, 196], which of the k digits a patch is labelled for; k for background.
     asked: int64 [n], the colour that each canvas's question asks about.
     """
 
     pixel_values: Tensor
     labels: Tensor
+    colours: Tensor
     boxes: Tensor
     patch_labels: Tensor
+    owners: Tensor
     asked: Tensor
-
-    @property
-    def colours(self) -> Tensor:
-        """int64 [n, 4]: the colour of each digit (0, 1, 2, 3 in every row)."""
-        return torch.arange(len(COLOURS)).expand(len(self.labels), -1)
 
     @property
     def answers(self) -> Tensor:
@@ -113,40 +114,64 @@ def prompts(asked: Tensor) -> Tensor:
     return torch.cat([words.expand(len(asked), -1), colour], dim=1)
 
 
-def canvases(split: Split, n: int, seed: int) -> Canvases:
+def canvases(split: Split, n: int, seed: int, distort: float = 1.0) -> Canvases:
     """n canvases made of the scans of `split`, the same for the same arguments.
 
-    Training canvases distort the scans (rotation, shear, stretch, contrast, noise); test canvases only vary the
-    place and the size of the untouched scans. Both draw the background in the same way.
+    Training canvases distort the scans (rotation, shear, stretch, contrast, noise) by `distort` times the full strength;
+    test canvases only vary the place and the size of the untouched scans. Both draw the background in the same way.
     """
     rng = torch.Generator().manual_seed(2 * seed + _SPLIT_NUMBER[split])
-    ink, digits = scans(split)
     count = len(COLOURS)
-    chosen = torch.randint(len(ink), (n, count), generator=rng)
-    place = _places(n, rng)
-    masks = _render(_vary(ink[chosen], rng) if split == "train" else ink[chosen], place, split == "train", rng)
+    chosen = torch.randint(len(scans(split)[0]), (n, count), generator=rng)
+    colours = torch.arange(count).expand(n, count)
+    return _paint(split, chosen, colours, _places(n, rng), distort if split == "train" else 0.0, rng)
+
+
+def crowded(n: int, seed: int, distort: float = 1.0) -> Canvases:
+    """n training canvases of nine digits in any colours: for learning to see, more digits a canvas than questions need."""
+    rng = torch.Generator().manual_seed(2 * seed)
+    count = CROWD * CROWD
+    chosen = torch.randint(len(scans("train")[0]), (n, count), generator=rng)
+    colours = torch.randint(len(COLOURS), (n, count), generator=rng)
+    pitch = (GRID - SCAN_PATCHES - 1) // (CROWD - 1)
+    row = torch.arange(CROWD) * pitch
+    cell = torch.cartesian_prod(row, row) + torch.randint(2, (n, count, 2), generator=rng)
+    return _paint("train", chosen, colours, _centres(cell.float(), rng), distort, rng)
+
+
+def _paint(split: Split, chosen: Tensor, colours: Tensor, place: Tensor, distort: float, rng: torch.Generator) -> Canvases:
+    """Draw the chosen scans [n, k] in colours [n, k] around places [n, k, 2] on fresh backgrounds."""
+    ink, digits = scans(split)
+    n, count = chosen.shape
+    drawn = _vary(ink[chosen], distort, rng) if distort else ink[chosen]
+    masks = _render(drawn, place, distort, rng)
     grey = _background(n, rng) + _fragments(ink, n, rng)
     tint = 1 + 0.06 * (torch.rand(n, 3, 1, 1, generator=rng) - 0.5)
-    jitter = 0.12 * (torch.rand(n, count, 3, generator=rng) - 0.5)
-    colour = torch.tensor(_RGB) + jitter
+    colour = torch.tensor(_RGB)[colours] + 0.12 * (torch.rand(n, count, 3, generator=rng) - 0.5)
     image = grey.clamp(0.03, 0.85)[:, None] * tint * (1 - masks.sum(1, keepdim=True))
     image = image + torch.einsum("nkhw,nkc->nchw", masks, colour)
     image = (image + 0.03 * torch.randn(image.shape, generator=rng)).clamp(0, 1)
-    boxes = _ink_boxes(masks)
-    labels = digits[chosen]
-    asked = torch.randint(count, (n,), generator=rng)
-    return Canvases((image - MEAN) / STD, labels, boxes, patch_labels(labels, boxes), asked)
+    boxes, labels = _ink_boxes(masks), digits[chosen]
+    owners = patch_owners(boxes)
+    asked = torch.randint(len(COLOURS), (n,), generator=rng)
+    labelled = patch_labels(labels, colours, owners)
+    return Canvases((image - MEAN) / STD, labels, colours, boxes, labelled, owners, asked)
 
 
-def patch_labels(labels: Tensor, boxes: Tensor) -> Tensor:
-    """int64 [n, 196] from labels [n, 4] and boxes [n, 4, 4]: the digit whose box covers half of a patch or more."""
+def patch_owners(boxes: Tensor) -> Tensor:
+    """int64 [n, 196] from boxes [n, k, 4]: the digit whose box covers half of a patch or more; k where none does."""
     edge = torch.arange(GRID, dtype=torch.float32) * PATCH_SIZE
     low, high = boxes[..., :2, None], boxes[..., 2:, None]
     overlap = (torch.minimum(high, edge + PATCH_SIZE) - torch.maximum(low, edge)).clamp(min=0)
     area = overlap[..., 1, :, None] * overlap[..., 0, None, :]
-    best, colour = area.flatten(2).max(dim=1)
-    label = colour * len(DIGITS) + labels.gather(1, colour)
-    return torch.where(best >= PATCH_SIZE**2 / 2, label, BACKGROUND)
+    best, owner = area.flatten(2).max(dim=1)
+    return torch.where(best >= PATCH_SIZE**2 / 2, owner, boxes.shape[1])
+
+
+def patch_labels(labels: Tensor, colours: Tensor, owners: Tensor) -> Tensor:
+    """int64 [n, 196] from labels and colours [n, k] and owners [n, 196]: 10 * colour + digit, or BACKGROUND."""
+    each = torch.cat([colours * len(DIGITS) + labels, torch.full((len(labels), 1), BACKGROUND)], dim=1)
+    return each.gather(1, owners)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> Tensor:
@@ -166,31 +191,35 @@ def _places(n: int, rng: torch.Generator, tries: int = 32) -> Tensor:
     cell = torch.cat([cell, spare[:, None]], dim=1)
     apart = (cell[:, :, :, None] - cell[:, :, None]).abs().amax(-1) > SCAN_PATCHES
     good = (apart | torch.eye(count, dtype=torch.bool)).all(-1).all(-1)
-    chosen = cell[torch.arange(n), good.int().argmax(1)].float()
-    return (chosen + SCAN_PATCHES / 2) * PATCH_SIZE + _uniform((n, count, 2), -1.5, 1.5, rng)
+    return _centres(cell[torch.arange(n), good.int().argmax(1)].float(), rng)
 
 
-def _vary(ink: Tensor, rng: torch.Generator) -> Tensor:
+def _centres(cell: Tensor, rng: torch.Generator) -> Tensor:
+    """Centres in pixels of scans whose first patches are `cell` [n, k, 2], give or take a pixel and a half."""
+    return (cell + SCAN_PATCHES / 2) * PATCH_SIZE + _uniform(tuple(cell.shape), -1.5, 1.5, rng)
+
+
+def _vary(ink: Tensor, distort: float, rng: torch.Generator) -> Tensor:
     """Scans [n, k, 8, 8] with another contrast, some with blur, and noise on the inked pixels."""
     n, k = ink.shape[:2]
-    gamma = _uniform((n, k, 1, 1), -0.25, 0.45, rng).exp()
+    gamma = (distort * _uniform((n, k, 1, 1), -0.25, 0.45, rng)).exp()
     blurred = F.avg_pool2d(ink, 3, stride=1, padding=1)
-    amount = _uniform((n, k, 1, 1), -0.5, 0.5, rng)
+    amount = distort * _uniform((n, k, 1, 1), -0.5, 0.5, rng)
     sharp = torch.lerp(ink, blurred, amount).clamp(0, 1) ** gamma
-    noise = _uniform((n, k, 1, 1), 0, 0.15, rng) * torch.randn(ink.shape, generator=rng)
+    noise = distort * _uniform((n, k, 1, 1), 0, 0.15, rng) * torch.randn(ink.shape, generator=rng)
     return (sharp + noise * (blurred > 0.02)).clamp(0, 1)
 
 
-def _render(ink: Tensor, centre: Tensor, distort: bool, rng: torch.Generator) -> Tensor:
+def _render(ink: Tensor, centre: Tensor, distort: float, rng: torch.Generator) -> Tensor:
     """Opacity [n, k, 112, 112] of scans [n, k, 8, 8] drawn around `centre` [n, k, 2], 23 to 26 pixels wide."""
     n, k = ink.shape[:2]
     angle, shear = torch.zeros(n, k), torch.zeros(n, k)
     width = _uniform((n, k), 23, 26, rng)
     height = width
     if distort:
-        angle = _uniform((n, k), -0.17, 0.17, rng)
-        shear = _uniform((n, k), -0.17, 0.17, rng)
-        width, height = (width * _uniform((n, k), 0.9, 1.1, rng) for _ in range(2))
+        angle = distort * _uniform((n, k), -0.17, 0.17, rng)
+        shear = distort * _uniform((n, k), -0.17, 0.17, rng)
+        width, height = (width * (1 + distort * _uniform((n, k), -0.1, 0.1, rng)) for _ in range(2))
     cos, sin = angle.cos(), angle.sin()
     rows = torch.stack([cos + shear * sin, sin - shear * cos, -sin, cos], dim=-1).view(n, k, 2, 2)
     scale = IMAGE_SIZE / torch.stack([width, height], dim=-1)
@@ -230,7 +259,7 @@ def _fragments(ink: Tensor, n: int, rng: torch.Generator, count: int = 4) -> Ten
     half[0, :4], half[1, 4:], half[2, :, :4], half[3, :, 4:] = 1, 1, 1, 1
     chosen = chosen * half[torch.randint(4, (n, count), generator=rng)]
     centre = _uniform((n, count, 2), 8, IMAGE_SIZE - 8, rng)
-    drawn = _render(chosen, centre, True, rng)
+    drawn = _render(chosen, centre, 1.0, rng)
     strength = _uniform((n, count), 0.15, 0.4, rng) * torch.randn(n, count, generator=rng).sign()
     return torch.einsum("nkhw,nk->nhw", drawn, strength)
 

@@ -2,8 +2,9 @@
 
 One command, seeded and resumable. Stage 1 teaches the vision tower and the projector to name the colour and the
 digit of each patch under a linear head that is thrown away. Stage 2 teaches the decoder to answer questions, four
-per canvas in one sequence, first with the vision tower frozen and then with all weights. Nothing is pruned in
-training: every image token is there in every step.
+per canvas in one sequence, first with the vision tower frozen and then with all weights. Stages 3 and 4 are the same again,
+with nine digits a canvas for the tower, and milder distortions. Nothing is pruned in training: every image token is
+there in every step.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ class Settings:
     out: Path
     work: Path
     seed: int = 0
-    steps1: int = 1200
+    steps1: int = 1500
     steps2: int = 1600
+    steps3: int = 1200
+    steps4: int = 700
     batch1: int = 16
     batch2: int = 16
     frozen: float = 0.5
@@ -116,26 +119,26 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     return torch.stack(list(model.get_image_features(pixel_values).pooler_output))
 
 
-def digit_scores(scores: Tensor, labels: Tensor) -> Tensor:
-    """Scores of each digit [n, 4, 10]: the mean of its patches' `scores` [n, 196, 10] by patch labels [n, 196]."""
-    mine = F.one_hot(labels // 10, len(digits.COLOURS) + 1)[..., :-1].float()
+def digit_scores(scores: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Scores of each digit [n, count, 10]: the mean of its patches' `scores` [n, 196, 10] by `owners` [n, 196]."""
+    mine = F.one_hot(owners, count + 1)[..., :-1].float()
     total = torch.einsum("npc,npd->ncd", mine, scores)
     return total / mine.sum(1).clamp(min=1)[..., None]
 
 
-def patch_loss(logits: Tensor, labels: Tensor, shown: Tensor) -> tuple[Tensor, float]:
-    """Loss and digit accuracy of logits [n, 196, 5 + 10], patch labels [n, 196] and digits shown [n, 4].
+def patch_loss(logits: Tensor, canvases: digits.Canvases) -> tuple[Tensor, float]:
+    """Loss and digit accuracy of logits [n, 196, 5 + 10] on canvases.
 
     The first five logits are the colour or none, the other ten the digit. The digit is asked of each inked patch
     alone and of the mean over the patches of a digit; the accuracy is the latter's.
     """
-    colours = len(digits.COLOURS)
+    colours, labels, shown = len(digits.COLOURS), canvases.patch_labels, canvases.labels
     inked = labels < digits.BACKGROUND
     weight = torch.ones(colours + 1)
     weight[colours] = 0.3
     colour = F.cross_entropy(logits[..., : colours + 1].flatten(0, 1), (labels // 10).flatten(), weight)
     alone = F.cross_entropy(logits[inked][:, colours + 1 :], labels[inked] % 10)
-    together = digit_scores(logits[..., colours + 1 :], labels).flatten(0, 1)
+    together = digit_scores(logits[..., colours + 1 :], canvases.owners, shown.shape[1]).flatten(0, 1)
     right = (together.argmax(-1) == shown.flatten()).float().mean()
     return colour + alone + F.cross_entropy(together, shown.flatten()), right.item()
 
@@ -177,7 +180,7 @@ class Recipe:
         torch.manual_seed(settings.seed)
         self.model = build_model(settings.seed)
         self.head = nn.Linear(TEXT["hidden_size"], len(digits.COLOURS) + 1 + len(digits.DIGITS))
-        self.seconds = {"patches": 0.0, "answers": 0.0}
+        self.seconds = dict.fromkeys(("patches", "answers", "crowds", "refined"), 0.0)
         self.state_file = settings.work / "state.pt"
 
     @property
@@ -192,13 +195,26 @@ class Recipe:
         """Stage 1: name the colour and the digit of each patch."""
         canvases = digits.canvases("train", batch, self._seed(1, step))
         logits = self.head(image_features(self.model, canvases.pixel_values))
-        return patch_loss(logits, canvases.patch_labels, canvases.labels)
+        return patch_loss(logits, canvases)
+
+    def crowds(self, step: int, batch: int) -> tuple[Tensor, float]:
+        """Stage 3: stage 1 again on canvases of nine digits, distorted half as much."""
+        self.tower.requires_grad_(True)
+        canvases = digits.crowded(batch, self._seed(3, step), distort=0.5)
+        logits = self.head(image_features(self.model, canvases.pixel_values))
+        return patch_loss(logits, canvases)
+
+    def refined(self, step: int, batch: int) -> tuple[Tensor, float]:
+        """Stage 4: stage 2 again with all weights, on canvases distorted half as much."""
+        return self._converse(digits.canvases("train", batch, self._seed(4, step), distort=0.5), self._seed(4, step))
 
     def answers(self, step: int, batch: int) -> tuple[Tensor, float]:
         """Stage 2: answer a question about each colour, in random order."""
         self.tower.requires_grad_(step >= self.settings.frozen * self.settings.steps2)
-        canvases = digits.canvases("train", batch, self._seed(2, step))
-        rng = torch.Generator().manual_seed(self._seed(2, step))
+        return self._converse(digits.canvases("train", batch, self._seed(2, step)), self._seed(2, step))
+
+    def _converse(self, canvases: digits.Canvases, seed: int) -> tuple[Tensor, float]:
+        rng = torch.Generator().manual_seed(seed)
         ids = conversations(canvases.labels, torch.rand(canvases.labels.shape, generator=rng).argsort(1))
         keep = TURN * len(digits.COLOURS)
         out = self.model(input_ids=ids, pixel_values=canvases.pixel_values, logits_to_keep=keep, use_cache=False)
@@ -214,6 +230,9 @@ class Recipe:
         yield Stage("patches", s.steps1, s.batch1, eyes, self.patches, 0.02)
         both = [{"params": rest, "peak": 1e-3}, {"params": tower, "peak": 2e-4}]
         yield Stage("answers", s.steps2, s.batch2, both, self.answers, 0.02)
+        yield Stage("crowds", s.steps3, s.batch1, eyes, self.crowds, 0.02)
+        all_ = [{"params": rest, "peak": 6e-4}, {"params": tower, "peak": 3e-4}]
+        yield Stage("refined", s.steps4, s.batch2, all_, self.refined, 0.02)
 
     def run(self, resume: bool) -> None:
         """Train all stages, from the saved state if `resume` and there is one."""
@@ -221,7 +240,7 @@ class Recipe:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.head.load_state_dict(state["head"])
-            self.seconds = state["seconds"]
+            self.seconds |= state["seconds"]
             torch.set_rng_state(state["rng"])
             self.console.print(f"resumed at {state['stage']} step {state['step']}")
         for stage in self.stages():
@@ -229,7 +248,7 @@ class Recipe:
                 continue
             self._train(stage, state)
             state = None
-            if stage.name == "patches":
+            if stage.name in ("patches", "crowds"):
                 self.report_patches()
 
     def _train(self, stage: Stage, state: dict | None) -> None:
@@ -290,7 +309,7 @@ class Recipe:
         first, labels = len(digits.COLOURS) + 1, canvases.patch_labels
         colour = (logits[..., :first].argmax(-1) == labels // 10).float().mean()
         scores = logits[..., first:].log_softmax(-1)
-        digit = digit_scores(scores, labels).argmax(-1)
+        digit = digit_scores(scores, canvases.owners, len(digits.COLOURS)).argmax(-1)
         right = (digit == canvases.labels).float().mean()
         inked = labels < digits.BACKGROUND
         patch = (scores.argmax(-1)[inked] == labels[inked] % 10).float().mean()
@@ -344,12 +363,14 @@ def parse(argv: list[str] | None) -> tuple[Settings, bool]:
     parser.add_argument("--resume", action="store_true", help="go on from the state in the work folder")
     parser.add_argument("--steps1", type=int, default=Settings.steps1)
     parser.add_argument("--steps2", type=int, default=Settings.steps2)
+    parser.add_argument("--steps3", type=int, default=Settings.steps3)
+    parser.add_argument("--steps4", type=int, default=Settings.steps4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that everything runs")
     args = parser.parse_args(argv)
-    settings = Settings(args.out, args.work, args.seed, args.steps1, args.steps2)
+    settings = Settings(args.out, args.work, args.seed, args.steps1, args.steps2, args.steps3, args.steps4)
     if args.smoke:
-        settings = Settings(args.out, args.work, args.seed, 2, 2, batch1=2, batch2=2, test_canvases=4)
+        settings = Settings(args.out, args.work, args.seed, 2, 2, 2, 2, batch1=2, batch2=2, test_canvases=4)
     return settings, args.resume
 
 

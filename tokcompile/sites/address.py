@@ -37,7 +37,7 @@ def resolve_address(sites: Sites, text: str) -> Place:
         return _single(sites, address, text)
     stack = sites.stacks.get(address.stack)
     if stack is None:
-        raise _missing(sites, text, f"this graph has no {address.stack} stack")
+        raise _missing(sites, text, f"this graph has no {address.stack} stack", whole=False)
     if address.index is None:
         node = stack.blocks[0].input if address.part == "input" else stack.blocks[-1].output
         return Place(text, node, owner=stack.name)
@@ -67,7 +67,7 @@ def _single(sites: Sites, address: Address, text: str) -> Place:
         return Place(text, sites.embedding, owner="decoder")
     if address.stack == "head" and sites.head is not None:
         return Place(text, sites.head.args[0], owner="decoder")
-    raise _missing(sites, text, f"this graph has no {address.stack}")
+    raise _missing(sites, text, f"this graph has no {address.stack}", whole=False)
 
 
 def addresses(sites: Sites) -> list[str]:
@@ -87,15 +87,16 @@ def addresses(sites: Sites) -> list[str]:
     return found
 
 
-def _missing(sites: Sites, text: str, why: str) -> AddressError:
+def _missing(sites: Sites, text: str, why: str, *, whole: bool = True) -> AddressError:
     have = ", ".join(addresses(sites)) or "no attention sites at all"
     return AddressError(f"address '{text}' matches nothing: {why}", found=f"this graph has {have}",
-                        remedy=_hint(sites))
+                        remedy=_hint(sites, whole))
 
 
-def _hint(sites: Sites) -> str:
-    if not sites.stacks:
-        return "the graph may be one piece of a model that Dynamo split: see the capture notes in the README"
-    if sites.loose:
+def _hint(sites: Sites, whole: bool) -> str:
+    if sites.loose and not sites.stacks:
         return f"{len(sites.loose)} attention sites stand on no residual stream and cannot be addressed"
+    if not whole or not sites.stacks:
+        return ("use a rule for what this graph has; if the model has more, this graph is one piece of a model that "
+                "Dynamo split: see docs/capture.md")
     return "list them with `tokred sites MODEL`"

@@ -1,0 +1,285 @@
+"""Token maps on graphs: what an edit changes, as text to review; and that a cut is right or refused, on any graph."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fleet
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import calls, traced
+from harness import difference
+from torch import Tensor
+
+from tokcompile.capture import capture
+from tokcompile.dump import as_text
+from tokcompile.edit import Editor
+from tokcompile.errors import EditError
+from tokcompile.pipeline import apply_rules
+from tokcompile.positional import make_map
+from tokcompile.program import Program
+from tokcompile.rulefile import parse_rules
+from tokcompile.sites import find_sites
+from tokcompile.tokenmap import Transport
+from tokcompile.verify import verify
+
+aten = torch.ops.aten
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+# What each rule changes, line by line.
+
+
+def _short(text: str) -> str:
+    """Names of parameters without the modules that they pass through."""
+    for long, short in (("l_self_modules_model_modules_", ""), ("language_model_modules_", "text."),
+                        ("vision_tower_modules_", "vision."), ("_modules_", "."), ("_parameters_", "."),
+                        ("_buffers_", ".")):
+        text = text.replace(long, short)
+    return text
+
+
+def _lines(program: Program) -> dict[str, str]:
+    """The readable line of each node, by its name."""
+    return {n.name: _short(as_text([n], modules=False)) for n in program.graph.nodes}
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> str:
+    """Lines that an edit made (`+`), and those whose operator or arguments it changed (`~`), in graph order."""
+    out = []
+    for name, line in after.items():
+        if name not in before:
+            out.append("+ " + line)
+        elif line.partition(" = ")[2] != before[name].partition(" = ")[2]:
+            out.append("~ " + line)
+    return "".join(out)
+
+
+GOLDENS = {
+    "fastv": ({"rule": "fastv", "keep": 5}, {}),
+    "hiprune": ({"rule": "hiprune", "keep": 5, "alpha": 1.0}, {}),
+    "random": ({"rule": "random", "keep": 5}, {}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_rule_changes_the_lines_of_its_golden_text(name: str) -> None:
+    """TOKRED_REGENERATE=1 writes the text anew; read the difference before it is committed."""
+    options, counts = GOLDENS[name]
+    model = fleet.shared("llava")
+    (program,) = capture(model, fleet.example(model))
+    before = _lines(program)
+    (applied,) = apply_rules(program, parse_rules(options))
+    text = _changed(before, _lines(program))
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("TOKRED_REGENERATE"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert dict(applied.counts) == counts
+
+
+def test_every_node_that_a_rule_makes_is_stamped_with_its_name_and_place() -> None:
+    model = fleet.shared("llava")
+    (program,) = capture(model, fleet.example(model))
+    before = set(program.graph.nodes)
+    apply_rules(program, parse_rules({"rule": "fastv", "keep": 5}))
+    made = [n for n in program.graph.nodes if n not in before]
+    assert made and all(n.meta["custom"]["tokred"] == "fastv" for n in made)
+    assert all("val" in n.meta for n in made)
+
+
+def test_a_rule_that_keeps_everything_changes_nothing() -> None:
+    model = fleet.shared("llava")
+    (program,) = capture(model, fleet.example(model))
+    before = _lines(program)
+    (applied,) = apply_rules(program, parse_rules({"rule": "fastv", "keep": 1.0}))
+    assert _changed(before, _lines(program)) == "" and applied.steps[-1]["note"] == "everything is kept: no edit"
+
+
+# A cut at the input of any graph.
+
+KEPT = [[0, 2, 3, 5], [1, 2, 4, 5]]
+TOKENS, WIDE = 6, 6
+
+
+class Refused(Exception):
+    """The edit, or the check that it left in the graph, said no."""
+
+
+def cut(function: Callable[..., Any], x: Tensor, kept: list[list[int]], *more: Tensor) -> Any:
+    """Trace a function of [B, T, C] and other inputs, cut its first, verify, and run what came out."""
+    keep = torch.zeros(x.shape[:2], dtype=torch.bool)
+    for row, chosen in enumerate(kept):
+        keep[row, chosen] = True
+    program = traced(lambda x, keep, *more: function(x, *more), x, keep, *more)
+    value, mask = list(program.graph.nodes)[:2]
+    editor = Editor(program, "test", Counter())
+    transport = Transport(editor, find_sites(program))
+    rows, axis, _ = program.axes.of(value)
+    try:
+        with editor.after([value, mask]):
+            token_map = make_map(transport, mask, axis, rows, x.shape[1], len(kept[0]), "keep")
+        transport.apply(value, token_map)
+        program.graph.eliminate_dead_code()
+        program.changed()
+        verify(program)
+    except EditError as error:
+        raise Refused(error.cause) from error
+    program.gm.recompile()
+    try:
+        return program.gm(x, keep, *more)
+    except RuntimeError as error:
+        if "dropped token is read by its place" in str(error):
+            raise Refused(str(error)) from error
+        raise
+
+
+def reduced(x: Tensor, kept: list[list[int]]) -> Tensor:
+    """The rows with their kept tokens alone."""
+    return torch.stack([row[chosen] for row, chosen in zip(x, kept, strict=True)])
+
+
+X = torch.rand(2, TOKENS, WIDE, generator=torch.Generator().manual_seed(0)) - 0.5
+W = torch.rand(WIDE, WIDE, generator=torch.Generator().manual_seed(1)) - 0.5
+INDEX = torch.tensor([4, 1])
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], 2, 3).transpose(1, 2)
+
+
+FOLLOWED = {
+    "pointwise": lambda x, w, i: x.relu() * 2 + x,
+    "linear-on-flat-rows": lambda x, w, i: F.linear(x.reshape(-1, WIDE), w).view(x.shape),
+    "attention-by-heads": lambda x, w, i: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x)).transpose(1, 2)
+    .reshape(x.shape),
+    "attention-with-a-causal-mask": lambda x, w, i: F.scaled_dot_product_attention(
+        _heads(x), _heads(x), _heads(x), torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()),
+    "written-attention": lambda x, w, i: (x @ x.mT).softmax(-1) @ x,
+    "mean-over-tokens": lambda x, w, i: x.mean(1),
+    "expand": lambda x, w, i: (x[:, :, None].expand(-1, -1, 2, -1) * 2).flatten(2),
+    "stack-and-unbind": lambda x, w, i: torch.stack([x, -x]).unbind(0)[1],
+    "split-of-features": lambda x, w, i: torch.cat(x.split([2, 4], -1)[::-1], -1),
+    "last-token": lambda x, w, i: x[:, -1],
+    "norm": lambda x, w, i: F.layer_norm(x, [WIDE], w[0]),
+    "new-ones": lambda x, w, i: x * x.new_ones(x.shape[:2])[..., None],
+    "cumulative": lambda x, w, i: x.cumsum(1),
+    "flip-of-features": lambda x, w, i: x.flip(2),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_cut_gives_what_the_function_gives_on_the_reduced_sequence(name: str) -> None:
+    function = FOLLOWED[name]
+    assert difference(cut(function, X, KEPT, W, INDEX), function(reduced(X, KEPT), W, INDEX)) == 0
+
+
+def test_a_table_made_from_places_is_gathered_not_made_anew() -> None:
+    def function(x: Tensor, places: Tensor | None = None) -> Tensor:
+        places = torch.arange(x.shape[1]) if places is None else places
+        return x * places.float().cos()[..., None]
+
+    expected = function(reduced(X, KEPT), torch.tensor(KEPT))
+    assert difference(cut(function, X, KEPT), expected) == 0
+
+
+BIAS = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(2))
+CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+TABLE = torch.rand(TOKENS, 3, generator=torch.Generator().manual_seed(3))
+SHARED = {
+    "bias": (lambda x, bias: (x @ x.mT + bias).softmax(-1) @ x, BIAS, lambda t, k: t[k][:, k]),
+    "mask": (lambda x, mask: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x), mask), CAUSAL,
+             lambda t, k: t[k][:, k]),
+    "table": (lambda x, table: _heads(x) * table, TABLE, lambda t, k: t[k]),
+    "table-for-all-heads": (lambda x, table: _heads(x) * table[None, None], TABLE, lambda t, k: t[k]),
+    "table-for-one-row": (lambda x, table: x * table.repeat(1, 2)[None], TABLE, lambda t, k: t[k]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_each_row_of_a_shared_value_follows_its_own_tokens(name: str) -> None:
+    """There are as many heads as rows: a batch dimension put in the wrong place fits all the same."""
+    function, value, take = SHARED[name]
+    expected = [function(row[None], take(value, k)) for row, k in zip(reduced(X, KEPT), KEPT, strict=True)]
+    assert difference(cut(function, X, KEPT, value), torch.cat(expected)) <= 1e-6
+
+
+def test_a_sequence_of_one_row_without_a_batch_atom() -> None:
+    def function(x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x * torch.arange(TOKENS)[None, -x.shape[1]:, None].sign()
+
+    out = cut(function, X[:1], [[0, 2, 3, 5]])
+    assert out.shape == (1, 4, WIDE)
+
+
+REFUSED = {
+    "index": lambda x, w, i: x[:, i],
+    "index-by-rows": lambda x, w, i: x[torch.arange(2), i],
+    "gather": lambda x, w, i: x.gather(1, i[:, None, None].expand(2, 1, WIDE)),
+    "index-select": lambda x, w, i: x.index_select(1, i),
+    "argmax": lambda x, w, i: x.argmax(1),
+    "unbind": lambda x, w, i: x.unbind(1)[3],
+    "split": lambda x, w, i: x.split(3, 1)[1],
+    "chunk": lambda x, w, i: x.chunk(2, 1)[0],
+    "flip": lambda x, w, i: x.flip(1),
+    "roll": lambda x, w, i: x.roll(1, 1),
+    "every-other": lambda x, w, i: x[:, ::2],
+    "middle": lambda x, w, i: x[:, 2:4],
+    "joined": lambda x, w, i: torch.cat([x, torch.ones(2, 1, WIDE)], 1),
+    "joined-with-itself": lambda x, w, i: torch.cat([x, x], 1)[:, :7],
+    "convolution": lambda x, w, i: F.conv1d(x.mT, w[:, :, None].expand(WIDE, WIDE, 3), padding=1),
+    "triangle": lambda x, w, i: x.tril(),
+    "scatter": lambda x, w, i: x.scatter(1, i[:, None, None], 1.0),
+    "patches": lambda x, w, i: x.view(2, 2, 3, WIDE).transpose(1, 2),
+    "table": lambda x, w, i: F.embedding(i, x[0]),
+    "sorted": lambda x, w, i: x.sort(1).values,
+    "dropped-first": lambda x, w, i: x[:, :2],
+    "a-dropped-token": lambda x, w, i: x[:, 3] * 2,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_graph_that_depends_on_places_is_refused_or_right(name: str) -> None:
+    """Each of these reads tokens by number: on the shorter sequence it would quietly read others."""
+    kept = [[0, 2, 4, 5], [1, 2, 4, 5]]
+    with pytest.raises(Refused):
+        cut(REFUSED[name], X, kept, W, INDEX)
+
+
+def test_the_cut_of_a_value_without_the_axis_is_refused() -> None:
+    program = traced(lambda x, keep: x.sum(1), X, torch.ones(2, TOKENS, dtype=torch.bool))
+    value, mask = list(program.graph.nodes)[:2]
+    (total,) = calls(program, aten.sum.dim_IntList)
+    editor = Editor(program, "test", Counter())
+    transport = Transport(editor, find_sites(program))
+    rows, axis, _ = program.axes.of(value)
+    with editor.after([value, mask]):
+        token_map = make_map(transport, mask, axis, rows, TOKENS, 4, "keep")
+    with pytest.raises(EditError, match="does not hold the token axis once"):
+        transport.apply(total, token_map)
+
+
+def test_a_row_that_keeps_another_number_of_tokens_fails_when_run() -> None:
+    def run(kept: list[list[int]]) -> Any:
+        keep = torch.zeros(2, TOKENS, dtype=torch.bool)
+        for row, chosen in enumerate(kept):
+            keep[row, chosen] = True
+        program = traced(lambda x, keep: x.relu(), X, keep)
+        value, mask = list(program.graph.nodes)[:2]
+        editor = Editor(program, "test", Counter())
+        transport = Transport(editor, find_sites(program))
+        rows, axis, _ = program.axes.of(value)
+        with editor.after([value, mask]):
+            token_map = make_map(transport, mask, axis, rows, TOKENS, 4, "keep")
+        transport.apply(value, token_map)
+        program.gm.recompile()
+        return program.gm(X, keep)
+
+    assert run(KEPT).shape == (2, 4, WIDE)
+    with pytest.raises(RuntimeError, match="different numbers"):
+        run([[0, 1, 2], [0, 1, 2, 3, 4]])
