@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format train schema clean
+.PHONY: setup demo test lint format train schema results clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ train: setup
 # Writes docs/rule.schema.json from the models in tokcompile/rulefile.py.
 schema: setup
 	$(BIN)/python -c 'import json; from tokcompile.rulefile import json_schema; print(json.dumps(json_schema(), indent=2))' > docs/rule.schema.json
+
+# Writes docs/results.md from the report of the last `make demo`.
+results: setup
+	$(BIN)/python -m tokcompile.demo_results build/demo/report.json > docs/results.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

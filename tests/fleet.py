@@ -38,12 +38,18 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "llava-siglip-qwen2": _siglip,
     "llama": lambda: families.decoder("llama", TEXT),
     "qwen2": lambda: families.decoder("qwen2", TEXT),
-    "mistral": lambda: families.decoder("mistral", TEXT | {"head_dim": 16}),
+    # A window wider than any test's sequence, and as many key heads as query heads: keys go to attention uncopied.
+    "mistral": lambda: families.decoder("mistral", TEXT | {"head_dim": 16, "num_key_value_heads": 4}),
+    "gpt2": lambda: families.decoder("gpt2", TEXT | {"n_layer": 3, "n_head": 4, "n_embd": 64}),
+    "opt": lambda: families.decoder("opt", TEXT | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gemma2": lambda: families.decoder("gemma2", TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16,
+                                                         "sliding_window": 12}),
     "clip": lambda: families.clip_vision(VISION),
     "vit": lambda: families.vit(VISION | {"num_labels": 10}),
 }
 VLMS = ("llava", "llava-last", "llava-siglip-qwen2")
 DECODERS = ("llama", "qwen2", "mistral")
+OTHERS = ("gpt2", "opt", "gemma2")  # no rotary tables, views on the stream, capped scores and a sliding window
 TOWERS = ("clip", "vit")
 
 

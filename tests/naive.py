@@ -1,7 +1,7 @@
 """Rules run by hand, on the reduced sequence: plain torch and transformers' own modules, nothing of tokcompile.
 
-`run` steps through a model layer by layer and calls a chooser at each place where a rule drops tokens. It is slow, knows
-each row's kept tokens as a Python list, and is what a compiled rule is compared with.
+`run` steps through a model layer by layer and calls a chooser at each place where a rule drops tokens. It is slow,
+knows each row's kept tokens as a Python list, and is what a compiled rule is compared with.
 """
 
 from __future__ import annotations

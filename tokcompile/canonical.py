@@ -42,7 +42,7 @@ def canonicalise(graph: Graph) -> int:
 
 def _passes_through(node: Node) -> Node | None:
     if node.target is aten.cat.default:
-        return _only_operand(node)
+        return _joined_with_nothing(node)
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
@@ -79,10 +79,20 @@ def _whole(node: Node) -> bool:
     return step in (None, 1) and same(size_of(before), size_of(after))
 
 
-def _only_operand(node: Node) -> Node | None:
-    """The operand of a concatenation whose others are the empty tensors that a fresh KV cache starts from."""
+def _joined_with_nothing(node: Node) -> Node | None:
+    """The operand of a concatenation whose others are the empty tensors that a fresh KV cache starts from.
+
+    One that is laid out otherwise than the result becomes a copy: a product of matrices depends on their layout, in
+    its last bits.
+    """
     full = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
-    return full[0] if len(full) == 1 and len(node.args[0]) > 1 else None
+    if len(full) != 1 or len(node.args[0]) == 1:
+        return None
+    if _alike(full[0], node):
+        return full[0]
+    node.target, node.args = aten.clone.default, (full[0],)
+    node.kwargs = {"memory_format": torch.contiguous_format}
+    return None
 
 
 def _drop_dead_constants(graph: Graph) -> None:

@@ -35,7 +35,6 @@ class Settings:
     rules: tuple[str, ...] = ("hiprune", "fastv", "random")
     keeps: tuple[str, ...] = ("1/3", "1/9")
     generate: int = 8
-    pictures: int = 4
     target: str = "inductor"
 
 

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import capture
-from tokcompile.errors import CaptureError, RuleError, TokredError, known
+from tokcompile.errors import CaptureError, RuleError, TokredError
 from tokcompile.program import Program
 from tokcompile.report import Explanation, explain
 
@@ -60,18 +60,12 @@ def _zoo(name: str, batch: int) -> Source:
 
     try:
         loaded = zoo.load(name.removeprefix(ZOO))
-    except (KeyError, ValueError, OSError) as error:
-        message = error.args[0] if error.args else str(error)
-        raise RuleError(f"the zoo has no model '{name.removeprefix(ZOO)}'", found=str(message).splitlines()[0],
-                        remedy=_zoo_names(name)) from error
+    except OSError as error:
+        raise RuleError(f"the weights of '{name}' are not here", found=str(error).splitlines()[0][:300],
+                        remedy="make train, for the model of the demo") from error
+    if loaded.entry.on_meta:
+        return from_config(loaded.model.config, name, batch)
     return Source(name, loaded.model, loaded.example(batch=batch), "zoo")
-
-
-def _zoo_names(name: str) -> str:
-    from tokcompile.models import zoo
-
-    names = zoo.names() if hasattr(zoo, "names") else ()
-    return known(name, [ZOO + each for each in names]) if names else "see tokcompile/models/zoo.py for its models"
 
 
 def _config(name: str) -> Any:

@@ -109,6 +109,11 @@ def _slice(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
 
 def _short_slice(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int | None) -> TokenMap:
     """A fixed number of tokens at one end: they must all have stayed."""
+    taken = abs(start if start < 0 else end or 0)
+    if isinstance(token_map.new, int) and taken > token_map.new:
+        raise EditError("the model takes more tokens from one end than the edit leaves", where=[place(node)],
+                        found=f"{taken} of {token_map.new} tokens, as a sliding window's cache does",
+                        remedy="keep more tokens, or call the model with use_cache=False")
     if start < 0 and end is None:
         _require_kept(transport, node, token_map, start, MAX)
     elif start >= 0 and end is not None and end > 0:

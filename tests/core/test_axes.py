@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokcompile.axes import Atom, infer, product, resolve
-from tokcompile.axes.atoms import divide, fresh, refine, regroup, same, union, unify
+from tokcompile.axes.atoms import divide, fresh, refine, regroup, same, unify, union
 
 aten = torch.ops.aten
 N = 4  # every dimension of the rule tests is this long: size can tell nothing

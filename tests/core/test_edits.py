@@ -61,9 +61,9 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> str:
 
 
 GOLDENS = {
-    "fastv": ({"rule": "fastv", "keep": 5}, {}),
-    "hiprune": ({"rule": "hiprune", "keep": 5, "alpha": 1.0}, {}),
-    "random": ({"rule": "random", "keep": 5}, {}),
+    "fastv": ({"rule": "fastv", "keep": 5}, {"inserted": 22, "rewired": 8, "repaired": 9}),
+    "hiprune": ({"rule": "hiprune", "keep": 5, "alpha": 1.0}, {"inserted": 43, "rewired": 18, "repaired": 27}),
+    "random": ({"rule": "random", "keep": 5}, {"inserted": 35, "rewired": 18, "repaired": 27}),
 }
 
 
@@ -156,10 +156,10 @@ def _heads(x: Tensor) -> Tensor:
 FOLLOWED = {
     "pointwise": lambda x, w, i: x.relu() * 2 + x,
     "linear-on-flat-rows": lambda x, w, i: F.linear(x.reshape(-1, WIDE), w).view(x.shape),
-    "attention-by-heads": lambda x, w, i: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x)).transpose(1, 2)
-    .reshape(x.shape),
+    "attention-by-heads": lambda x, w, i: F.scaled_dot_product_attention(
+        _heads(x), _heads(x), _heads(x)).transpose(1, 2).reshape(x.shape),
     "attention-with-a-causal-mask": lambda x, w, i: F.scaled_dot_product_attention(
-        _heads(x), _heads(x), _heads(x), torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()),
+        _heads(x), _heads(x), _heads(x), torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool).tril()),
     "written-attention": lambda x, w, i: (x @ x.mT).softmax(-1) @ x,
     "mean-over-tokens": lambda x, w, i: x.mean(1),
     "expand": lambda x, w, i: (x[:, :, None].expand(-1, -1, 2, -1) * 2).flatten(2),
@@ -201,7 +201,11 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
+BUG = pytest.mark.xfail(strict=True, reason="core bug 3: a value that rows share gets its batch dimension in front")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=BUG if name in ("bias", "mask", "table") else ())
+                                  for name in SHARED])
 def test_each_row_of_a_shared_value_follows_its_own_tokens(name: str) -> None:
     """There are as many heads as rows: a batch dimension put in the wrong place fits all the same."""
     function, value, take = SHARED[name]

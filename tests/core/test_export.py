@@ -138,7 +138,7 @@ def vit() -> tuple[nn.Module, dict[str, Tensor], ExportedProgram]:
         return model, inputs, torch.export.export(model, (), inputs, strict=False)
 
 
-@pytest.mark.xfail(strict=True, reason="core bug 1: a selection among patches is not aligned with [class token, patches]")
+@pytest.mark.xfail(strict=True, reason="core bug 1: patches chosen among [class token, patches]")
 def test_a_vision_transformer_drops_patches_and_keeps_its_class_token(vit: Any, tmp_path: Path) -> None:
     model, inputs, program = vit
     path = tmp_path / "mine.yaml"

@@ -98,6 +98,30 @@ def _protected(inputs: dict[str, Tensor], kept: list[list[int]], has_image: bool
         assert row == sorted(set(row))
 
 
+@pytest.mark.parametrize(("name", "attention"), [
+    *((name, attention) for name in ("gpt2", "opt") for attention in ("sdpa", "eager")), ("gemma2", "eager")])
+def test_other_decoders_keep_their_bits_and_no_padding(name: str, attention: str) -> None:
+    model = fleet.shared(name, attention=attention)
+    inputs = fleet.example(model, 3, PADS["left"])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert difference(prune(model, rule="random", among="all", keep=1.0)(**inputs).logits, expected) == 0
+    torch._dynamo.reset()
+    pruned = prune(model, rule="random", among="all", keep=5, seed=3)
+    assert pruned(**inputs, use_cache=False).logits.shape == (3, 5, 64)
+    valid = inputs["attention_mask"].bool()
+    assert all(valid[row][kept].all() for row, kept in enumerate(pruned.kept[0]))
+
+
+def test_a_window_that_the_edit_leaves_too_short_is_refused() -> None:
+    """Gemma 2 caches the last tokens of a window: fewer than these are no cache of its shape."""
+    model = fleet.shared("gemma2", attention="eager")
+    pruned = prune(model, rule="random", among="all", keep=5, seed=3)
+    with pytest.raises(Exception, match="more tokens from one end than the edit leaves") as caught:
+        pruned(**fleet.example(model, text=20))
+    assert "use_cache=False" in refusal(caught.value).remedy
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_do_not_see_each_other(rule: str) -> None:
     """A padded batch selects and computes what each row does alone."""

@@ -21,8 +21,8 @@ SCORE = "{name: s, by: norm, at: %s}"
 def rule_file(folder: Path, *steps: str) -> str:
     """Write a rule of these steps; the path of its file."""
     path = folder / "mine.yaml"
-    lines = ["rule: mine", "about: A rule of a test.", "params:", "  keep: {type: ratio_or_count, default: 4, about: n}",
-             "steps:", *(f"  - {step}" for step in steps)]
+    lines = ["rule: mine", "about: A rule of a test.", "params:",
+             "  keep: {type: ratio_or_count, default: 4, about: n}", "steps:", *(f"  - {step}" for step in steps)]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 

@@ -133,9 +133,11 @@ def crowded(n: int, seed: int, distort: float = 1.0) -> Canvases:
     count = CROWD * CROWD
     chosen = torch.randint(len(scans("train")[0]), (n, count), generator=rng)
     colours = torch.randint(len(COLOURS), (n, count), generator=rng)
-    pitch = (GRID - SCAN_PATCHES - 1) // (CROWD - 1)
-    row = torch.arange(CROWD) * pitch
-    cell = torch.cartesian_prod(row, row) + torch.randint(2, (n, count, 2), generator=rng)
+    room = GRID - 1 - (SCAN_PATCHES + 1) * (CROWD - 1) - SCAN_PATCHES + 1
+    slack = torch.randint(room + 1, (2, n, CROWD), generator=rng).sort(-1).values  # so that every place is seen
+    rows, columns = slack + (SCAN_PATCHES + 1) * torch.arange(CROWD)
+    cell = torch.stack([columns[:, None, :].expand(n, CROWD, CROWD), rows[:, :, None].expand(n, CROWD, CROWD)], -1)
+    cell = cell.flatten(1, 2)
     return _paint("train", chosen, colours, _centres(cell.float(), rng), distort, rng)
 
 

@@ -13,9 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from . import digits
+from tokcompile.errors import TokredError, known
+
+from . import digits, families
 
 Kind = Literal["vlm", "decoder", "vision"]
 PAD, BOS = 0, 1
@@ -147,19 +149,73 @@ class Loaded:
         return torch.cat([*parts, text], dim=1)
 
     def _pad(self, ids: Tensor, length: int, padded: bool) -> dict[str, Tensor]:
-        """Shift row i right by up to i places, dropping the end of its text, and mask what is in front."""
+        """Pad row i by up to i places in front, for as many words dropped from the start of its text."""
         mask = torch.ones_like(ids)
         config = self.model.config
         pad = getattr(config, "text_config", config).pad_token_id
         for row in range(len(ids) if padded else 0):
             shift = row % max(1, length - 1)
-            if self.name == "llava-digits":
-                ids, mask = _widen(ids, mask, row, pad)
-            elif shift:
-                ids[row] = torch.cat([torch.full((shift,), pad), ids[row, :-shift]])
+            if shift:
+                front = len(ids[row]) - length
+                kept = torch.cat([ids[row, :front], ids[row, front + shift :]])
+                ids[row] = torch.cat([torch.full((shift,), pad), kept])
                 mask[row, :shift] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
     def _place(self, value: Tensor) -> Tensor:
         dtype = self.model.dtype if value.is_floating_point() else value.dtype
         return value.to(device=self.model.device, dtype=dtype)
+
+
+def _digits() -> PreTrainedModel:
+    return LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+
+def _small_decoder(model_type: str) -> Callable[[], PreTrainedModel]:
+    return lambda: families.decoder(model_type, _SMALL_TEXT)
+
+
+_IMAGE = {"image_token_index": 4}
+_LLAVA_15 = {"image_token_index": 32000, "vision_feature_layer": -2}
+
+ZOO: dict[str, Entry] = {
+    "llava-digits": Entry("trained on handwritten digits: 196 image tokens, 4 + 8 blocks", "vlm", _digits, 4),
+    "llava-tiny": Entry(
+        "LLaVA, random weights: 16 image tokens, 3 + 4 blocks", "vlm",
+        lambda: families.llava(_SMALL_VISION, _SMALL_TEXT, **_IMAGE)),
+    "llava-clip-l": Entry(
+        "LLaVA with CLIP-L/14-336 (576 image tokens) and a small decoder, random weights", "vlm",
+        lambda: families.llava(_CLIP_L_336, _MEDIUM_TEXT, **_IMAGE), 16),
+    "llava-1.5-7b": Entry(
+        "LLaVA-1.5-7B's configuration on the meta device, no weights", "vlm",
+        lambda: families.llava_meta(_CLIP_L_336, _LLAMA_7B, **_LLAVA_15), 63, on_meta=True),
+    "llama-tiny": Entry("Llama, random weights: 4 blocks, grouped queries", "decoder", _small_decoder("llama"), 16),
+    "qwen2-tiny": Entry("Qwen2, random weights: 4 blocks, biased queries", "decoder", _small_decoder("qwen2"), 16),
+    "mistral-tiny": Entry("Mistral, random weights: 4 blocks", "decoder", _small_decoder("mistral"), 16),
+    "clip-tiny": Entry("CLIP vision tower, random weights: 3 blocks", "vision",
+                       lambda: families.clip_vision(_SMALL_VISION)),
+    "vit-tiny": Entry("ViT classifier, random weights: 3 blocks", "vision",
+                      lambda: families.vit(_SMALL_VISION | {"num_labels": 10})),
+}
+
+
+def names() -> list[str]:
+    """The models of the zoo."""
+    return list(ZOO)
+
+
+def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
+    """Build a model of the zoo, in eval mode.
+
+    Args:
+        name: one of `names()`.
+        dtype, device: where its weights go; a model on the meta device stays there.
+
+    Raises:
+        TokredError: there is no such model; the error lists those there are.
+    """
+    if name not in ZOO:
+        raise TokredError(f"the zoo has no model '{name}'", remedy=known(name, ZOO))
+    entry = ZOO[name]
+    model = entry.build().eval().to(dtype)
+    return Loaded(name, model if entry.on_meta else model.to(device), entry)

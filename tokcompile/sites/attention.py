@@ -88,16 +88,14 @@ def _by_hand(node: Node) -> Attention | None:
     weights, value = _skip(node.args[0]), node.args[1]
     if not isinstance(weights, Node) or weights.target not in _SOFTMAX:
         return None
-    scores, mask, scale, cap = _skip(weights.args[0]), None, 1.0, 0.0
+    scores, mask, cap = _skip(weights.args[0]), None, 0.0
     if scores.target is aten.add.Tensor:
         scores, mask = _skip(scores.args[0]), scores.args[1]
-    scores, outer, _ = _scaled(scores)
+    scores, scale = _scaled(scores)
     if scores.target is aten.tanh.default:
-        cap = outer
-        scores, scale, _ = _scaled(_skip(scores.args[0]))
+        cap = scale
+        scores, scale = _scaled(_skip(scores.args[0]))
         scale *= cap  # tanh(scores * scale / cap) * cap: the inner factor carries both
-    else:
-        scale = outer
     if scores.target not in (aten.matmul.default, aten.bmm.default):
         return None
     query, key = scores.args
@@ -106,12 +104,16 @@ def _by_hand(node: Node) -> Attention | None:
                      key_transposed=transposed)
 
 
-def _scaled(node: Node) -> tuple[Node, float, bool]:
-    """Take one multiplication or division by a number off; (inner, factor, found)."""
-    factor = _number(node.args[1]) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
-    if factor is None:
-        return node, 1.0, False
-    return _skip(node.args[0]), factor if node.target is aten.mul.Tensor else 1.0 / factor, True
+def _scaled(node: Node) -> tuple[Node, float]:
+    """Take multiplications and divisions by numbers off: what is left, and their product."""
+    total = 1.0
+    while node.target in (aten.mul.Tensor, aten.div.Tensor):
+        factor = _number(node.args[1])
+        if factor is None:
+            break
+        total *= factor if node.target is aten.mul.Tensor else 1.0 / factor
+        node = _skip(node.args[0])
+    return node, total
 
 
 def _number(value: Any) -> float | None:

@@ -12,6 +12,8 @@ from tokcompile.sites.attention import Attention
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.clone.default,
+          aten.contiguous.default, aten.to.dtype}
 
 
 @dataclass(eq=False)
@@ -88,7 +90,7 @@ def _residual(site: Attention, reach: Reach) -> tuple[Node, Node] | None:
 
 
 def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: list[Stack]) -> Stack:
-    """The stack whose last addition the stream comes from through additions alone; a new one if there is none."""
+    """The stack whose last addition the stream comes from through additions and views alone; else a new one."""
     todo, seen = [stream], set()
     while todo:
         node = todo.pop()
@@ -96,9 +98,9 @@ def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: l
             stack, block = by_merge[node]
             if stack.blocks[-1] is block:
                 return stack
-        if _is_add(node) and node not in seen:
+        if node not in seen and (_is_add(node) or node.target in _VIEWS):
             seen.add(node)
-            todo.extend(node.args)
+            todo.extend(node.args if _is_add(node) else node.args[:1])
     stacks.append(Stack())
     return stacks[-1]
 
@@ -106,11 +108,21 @@ def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: l
 def _last_output(block: Block, reach: Reach) -> Node:
     stream = block.merge
     while True:
-        following = [u for u in stream.users if _is_add(u) and reach.above(
-            block.input, u.args[0] if u.args[1] is stream else u.args[1])]
-        if not following:
-            return stream
-        stream = following[0]
+        following = [(u, other) for view in _views(stream) for u in view.users if _is_add(u)
+                     for other in u.args if other is not view]
+        added = [u for u, other in following if reach.above(block.input, other)]
+        if not added:
+            rank = block.input.meta["val"].ndim
+            return next((v for v in _views(stream) if v.meta["val"].ndim == rank), stream)
+        stream = added[0]
+
+
+def _views(value: Node) -> list[Node]:
+    """A value and its views."""
+    found = [value]
+    for node in found:
+        found += [u for u in node.users if u.target in _VIEWS and u not in found]
+    return found
 
 
 def _block_path(merge: Node) -> str:

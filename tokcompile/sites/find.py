@@ -73,8 +73,8 @@ def find_sites(program: Program) -> Sites:
                   {name: find_rotary(s, reach) for name, s in stacks.items()}, caches, None, None, None, reach)
     text = sites.text_stack()
     if text is not None:
-        sites.padding = _padding(program, text[1], reach)
         sites.embedding = _embedding(program, text[1], reach)
+        sites.padding = _padding(program, text[1], reach, sites.embedding)
         sites.head = _head(text[1], program.output, reach)
     return sites
 
@@ -108,18 +108,24 @@ def _causal(site: Attention, reach: Reach) -> bool:
     return any(n.target in _COMPARE for n in reach.ancestors([site.mask]) if not reach.above(n, site.query))
 
 
-def _padding(program: Program, stack: Stack, reach: Reach) -> Node | None:
-    """The caller's two-dimensional padding mask: an integer or bool input that reaches attention as a mask only."""
+def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | None) -> Node | None:
+    """The caller's two-dimensional padding mask: an integer or bool input that reaches attention as a mask.
+
+    One that reaches nothing else comes first; learned positions may be counted from it too, token numbers never are.
+    """
     site = stack.blocks[0].attention
     mask = site.padding if site.padding is not None else site.mask
     if mask is None:
         return None
-    for node in program.inputs():
-        val = node.meta["val"]
-        if isinstance(val, torch.Tensor) and val.ndim == 2 and not val.dtype.is_floating_point \
-                and reach.above(node, mask) and not reach.above(node, stack.blocks[0].input):
-            return node
-    return None
+    start = stack.blocks[0].input
+    found = [n for n in program.inputs() if _rows_of_integers(n) and reach.above(n, mask)
+             and not (embedding is not None and reach.above(n, embedding.args[1]))]
+    return min(found, key=lambda n: reach.above(n, start), default=None)
+
+
+def _rows_of_integers(node: Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and not value.dtype.is_floating_point
 
 
 def _embedding(program: Program, stack: Stack, reach: Reach) -> Node | None:
@@ -133,9 +139,9 @@ def _embedding(program: Program, stack: Stack, reach: Reach) -> Node | None:
 
 
 def _head(stack: Stack, output: Node, reach: Reach) -> Node | None:
-    """The last linear map between the stack and an output of the graph."""
+    """The last linear map between the stack and an output of the graph, which may cap or scale what it gives."""
     stream = stack.blocks[-1].output
     for node in reversed(list(reach.order)):
-        if node.target is aten.linear.default and node in output.all_input_nodes and reach.above(stream, node):
+        if node.target is aten.linear.default and reach.above(node, output) and reach.above(stream, node):
             return node
     return None
