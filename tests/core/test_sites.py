@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokcompile import AddressError
 from tokcompile.capture import capture
+from tokcompile.models import zoo
 from tokcompile.program import Program
 from tokcompile.sites import Sites, addresses, find_sites, resolve_address
 
@@ -84,6 +85,20 @@ def _check_image(sites: Sites, model: nn.Module, name: str) -> None:
     assert sites.projector.output is sites.splice.features
     assert sites.reach.above(sites.stacks["vision"].blocks[sites.stacks["vision"].features].output,
                              sites.projector.input)
+
+
+# The two of real size are in test_scale.py.
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in ("llava-clip-l", "llava-1.5-7b")])
+def test_every_model_of_the_zoo_has_as_many_sites_as_layers(name: str) -> None:
+    loaded = zoo.load(name)
+    config = loaded.model.config
+    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", config)
+    layers = {"vlm": {"vision": vision, "decoder": text}, "decoder": {"decoder": text}, "vision": {"vision": vision}}
+    _, sites = _sites(loaded.model, loaded.example(batch=2, padded=True))
+    found = {kind: len(stack.blocks) for kind, stack in sites.stacks.items()}
+    assert found == {kind: part.num_hidden_layers for kind, part in layers[loaded.kind].items()}
+    assert sites.loose == [] and (sites.padding is not None) == (loaded.kind != "vision")
+    assert (sites.splice is not None) == (sites.projector is not None) == (loaded.kind == "vlm")
 
 
 @pytest.mark.parametrize("name", fleet.TOWERS)

@@ -117,8 +117,9 @@ def prompts(asked: Tensor) -> Tensor:
 def canvases(split: Split, n: int, seed: int, distort: float = 1.0) -> Canvases:
     """n canvases made of the scans of `split`, the same for the same arguments.
 
-    Training canvases distort the scans (rotation, shear, stretch, contrast, noise) by `distort` times the full strength;
-    test canvases only vary the place and the size of the untouched scans. Both draw the background in the same way.
+    Training canvases distort the scans (rotation, shear, stretch, contrast, noise) by `distort` times the full
+    strength; test canvases only vary the place and the size of the untouched scans. Both draw the background in the
+    same way.
     """
     rng = torch.Generator().manual_seed(2 * seed + _SPLIT_NUMBER[split])
     count = len(COLOURS)
@@ -128,7 +129,7 @@ def canvases(split: Split, n: int, seed: int, distort: float = 1.0) -> Canvases:
 
 
 def crowded(n: int, seed: int, distort: float = 1.0) -> Canvases:
-    """n training canvases of nine digits in any colours: for learning to see, more digits a canvas than questions need."""
+    """n training canvases of nine digits in any colours: more digits to learn from than questions need."""
     rng = torch.Generator().manual_seed(2 * seed)
     count = CROWD * CROWD
     chosen = torch.randint(len(scans("train")[0]), (n, count), generator=rng)
@@ -141,7 +142,9 @@ def crowded(n: int, seed: int, distort: float = 1.0) -> Canvases:
     return _paint("train", chosen, colours, _centres(cell.float(), rng), distort, rng)
 
 
-def _paint(split: Split, chosen: Tensor, colours: Tensor, place: Tensor, distort: float, rng: torch.Generator) -> Canvases:
+def _paint(
+    split: Split, chosen: Tensor, colours: Tensor, place: Tensor, distort: float, rng: torch.Generator
+) -> Canvases:
     """Draw the chosen scans [n, k] in colours [n, k] around places [n, k, 2] on fresh backgrounds."""
     ink, digits = scans(split)
     n, count = chosen.shape

@@ -2,9 +2,9 @@
 
 One command, seeded and resumable. Stage 1 teaches the vision tower and the projector to name the colour and the
 digit of each patch under a linear head that is thrown away. Stage 2 teaches the decoder to answer questions, four
-per canvas in one sequence, first with the vision tower frozen and then with all weights. Stages 3 and 4 are the same again,
-with nine digits a canvas for the tower, and milder distortions. Nothing is pruned in training: every image token is
-there in every step.
+per canvas in one sequence, first with the vision tower frozen and then with all weights. Stages 3 and 4 are the
+same again, with nine digits a canvas for the tower, and milder distortions. Nothing is pruned in training: every
+image token is there in every step.
 """
 
 from __future__ import annotations
