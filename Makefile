@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format train schema results clean
+.PHONY: setup demo test test-slow lint format train schema results clean
 
 setup: $(STAMP)
 
@@ -21,7 +21,11 @@ demo: setup
 	$(BIN)/tokred demo
 
 test: setup
-	$(BIN)/python -m pytest -q -x --durations=15
+	$(BIN)/python -m pytest -q --durations=15
+
+# Models of real proportions, and every block of the README and the docs.
+test-slow: setup
+	$(BIN)/python -m pytest -q --durations=15 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

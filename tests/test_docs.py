@@ -21,6 +21,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -34,6 +35,7 @@ def commands() -> list[str]:
     return [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_commands_run(command: str, tmp_path: Path) -> None:
     assert command.startswith("tokred "), "only tokred commands are run from the docs"

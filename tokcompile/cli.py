@@ -205,7 +205,7 @@ def demo(
     images: Annotated[int, typer.Option(help="Test images.", min=1)] = 512,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("build/demo"),
     batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, all variants in each.", min=1)] = 20,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, all variants in each.", min=2)] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Prune a small model trained on real digits by three rules: accuracy, cost, time, and how far from ideal."""

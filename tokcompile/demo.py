@@ -175,13 +175,16 @@ def _report(settings: Settings, questions: Questions, cases: list[Case], answers
     before, rows = cases[0].part.before, settings.batch
     rules: dict[str, dict[str, Any]] = {}
     for case in cases:
-        rules.setdefault(case.rule, {})[case.keep] = _case_report(case, questions, right, median, rows)
+        entry = _case_report(case, questions, right, median, rows)
+        entry["latency_quartiles_ms"] = {name: _quartiles(latency[case.rule, case.keep, name]) for name in case.calls}
+        rules.setdefault(case.rule, {})[case.keep] = entry
     return {
         "model": MODEL, "images": len(questions),
         "unpruned": {
             "accuracy": right, "image_tokens": int(cases[0].drop["from"]), "flops": before.totals["decoder"] // rows,
             "flops_all": before.flops // rows, "kv_bytes": before.kv_bytes // rows,
             "latency_ms": {name: median["unpruned", name] for name in ("eager", "inductor")},
+            "latency_quartiles_ms": {name: _quartiles(latency["unpruned", name]) for name in ("eager", "inductor")},
         },
         "rules": rules, "batch": settings.batch, "rounds": settings.rounds, "target": settings.target,
         "flops_are": "of the decoder's blocks, for one image", "kv_bytes_are": "for one image",
@@ -206,8 +209,14 @@ def _case_report(case: Case, questions: Questions, unpruned: float,
         "ratios": {"tokred/ideal": latency["tokred"] / latency["ideal"],
                    "inductor/tokred": latency["inductor"] / latency["tokred"]},
         "max_abs_diff_to_ideal": case.diff, "max_abs_diff_to_ideal_eager": case.diff_eager,
-        "generate_agrees": case.generated,
+        "generate_agrees": case.generated or None,
     }
+
+
+def _quartiles(times: list[float]) -> list[float]:
+    """First and third quartile: how far the machine's noise reaches."""
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return [first, third]
 
 
 def _share(answers: Tensor, questions: Questions) -> float:

@@ -14,7 +14,9 @@ import torch
 from torch.fx import Node
 
 from tokcompile import positional
-from tokcompile.axes import Dim, product, resolve
+from tokcompile.axes import Dim, product, resolve, size_of
+from tokcompile.axes.atoms import same
+from tokcompile.axes.infer import broadcasts
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.positions import positions_of, renumber
@@ -60,7 +62,7 @@ class Transport:
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
-        self._moved: dict[tuple[Node, int], Node] = {}
+        self._moved: dict[tuple[Node, int, tuple[int, int]], Node] = {}
 
     def of(self, node: Node) -> list[Dim]:
         """Dimensions of a value on the old axes."""
@@ -155,27 +157,77 @@ class Transport:
         """Let a value from outside the region follow the map before its user reads it."""
         if not isinstance(value.meta.get("val"), torch.Tensor) or not self.where(value, token_map.axis):
             return
-        self.editor.swap_input(user, value, self._brought(value, token_map))
+        self.editor.swap_input(user, value, self._brought(value, token_map, self._align(user, value, token_map)))
 
-    def _brought(self, value: Node, token_map: TokenMap) -> Node:
-        key = (value, id(token_map))
+    def _align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:
+        """How a value's dimensions meet the batch rows of its user's result.
+
+        Returns:
+            How many dimensions of size 1 the value needs in front, and then its batch dimension; -1 when there is
+            nothing to align: a batch of one row, or rows and tokens flattened together.
+        """
+        rows, dims = resolve(token_map.rows), self.of(value)
+        if not rows:
+            return 0, -1
+        for position, dim in enumerate(dims):
+            if contains(dim, rows):
+                return 0, position if dim == rows else -1
+        result = self.of(user)
+        at = next((i for i, dim in enumerate(result) if dim == rows), None)
+        if at is None or not broadcasts(user):
+            raise EditError("a value that rows share cannot be gathered row by row", where=[place(user)],
+                            found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no batch dimension")
+        index = at - (len(result) - len(dims))
+        if index >= 0 and dims[index]:
+            raise EditError("a value that rows share cannot be gathered row by row", where=[place(user)],
+                            found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no place for a batch dimension")
+        return max(-index, 0), max(index, 0)
+
+    def _brought(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
+        key = (value, id(token_map), aligned)
         if key not in self._moved:
-            self._moved[key] = self._move(value, token_map)
-            self.mark(self._moved[key], token_map, self.of(value))
+            self._moved[key] = self._move(value, token_map, aligned)
+            lead, batch = aligned
+            dims = [()] * lead + self.of(value)
+            if batch >= 0:
+                dims[batch] = resolve(token_map.rows)
+            self.mark(self._moved[key], token_map, dims)
         return self._moved[key]
 
-    def _move(self, value: Node, token_map: TokenMap) -> Node:
+    def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
+        lead, batch = aligned
         if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
             positions = positions_of(self, value, token_map)
             if positions is not None:
-                return renumber(self, value, positions, token_map)
-        if value.target is aten.unsqueeze.default and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
-            inner = self._brought(value.args[0], token_map)  # one gather for a table that every layer unsqueezes
+                return self._renumbered(value, positions, token_map, aligned)
+        inside = value.target is aten.unsqueeze.default and value.args[1] % len(self.of(value)) != 0
+        if inside and batch <= 0 and not lead and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
+            inner = self._brought(value.args[0], token_map, aligned)  # one gather for a table that every layer unsqueezes
             return self.editor.clone(value, {value.args[0]: inner})
-        moved = value
-        for spot in self.where(value, token_map.axis):
-            moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))
+        moved, spots = value, self.where(value, token_map.axis)
+        if batch < 0:
+            for spot in spots:
+                moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))
+            return moved
+        for _ in range(lead):
+            moved = self.editor.call(aten.unsqueeze.default, moved, 0)
+        for spot in spots:
+            if self.of(value)[spot] != resolve(token_map.axis):
+                raise EditError("the token axis is flattened with another in a way that an edit cannot follow",
+                                where=[place(value)], found=f"dimension {spot} of {tuple(value.meta['val'].shape)}")
+            moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot + lead, batch)
         return moved
+
+    def _renumbered(self, value: Node, positions: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
+        """A position table computed again; its rows must stand where its user has them."""
+        made = renumber(self, value, positions, token_map)
+        lead, batch = aligned
+        fits = made.meta["val"].ndim == value.meta["val"].ndim and not lead
+        if batch >= 0 and not (fits and same(size_of(made.meta["val"].shape[batch]),
+                                             size_of(token_map.source.meta["val"].shape[0]))):
+            raise EditError("a position table that rows share cannot be renumbered row by row", where=[place(value)],
+                            found=f"{tuple(made.meta['val'].shape)} from {tuple(value.meta['val'].shape)}")
+        return made
 
     def move_dim(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim] | None = None,
                  ) -> tuple[Node, int, int]:

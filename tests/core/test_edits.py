@@ -201,11 +201,7 @@ SHARED = {
 }
 
 
-BUG = pytest.mark.xfail(strict=True, reason="core bug 3: a value that rows share gets its batch dimension in front")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=BUG if name in ("bias", "mask", "table") else ())
-                                  for name in SHARED])
+@pytest.mark.parametrize("name", SHARED)
 def test_each_row_of_a_shared_value_follows_its_own_tokens(name: str) -> None:
     """There are as many heads as rows: a batch dimension put in the wrong place fits all the same."""
     function, value, take = SHARED[name]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -18,6 +19,7 @@ from tokcompile.rulefile import parse_rules
 SCRIPT = Path(__file__).parent / "fresh_process.py"
 
 
+@pytest.mark.slow
 def test_a_7b_is_rewritten_in_a_second() -> None:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig()).eval()
@@ -36,6 +38,7 @@ def test_a_7b_is_rewritten_in_a_second() -> None:
     assert seconds < 1.0, f"sites, axes and rewrite took {seconds:.2f} s"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_an_import(tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, cwd=tmp_path, env=env,

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import Dim, fresh, resolve, size_of
-from tokcompile.axes.rules import OURS, RULES, Context, Dims, pointwise
+from tokcompile.axes.rules import OURS, RULES, Context, Dims, attention, masked_scatter, matmul, pointwise
 
 
 @dataclass
@@ -81,3 +81,8 @@ def _rule(node: Node) -> Any:
     if torch.Tag.pointwise in node.target.tags:
         return pointwise
     return None
+
+
+def broadcasts(node: Node) -> bool:
+    """Whether an operator aligns its inputs with its result from the right, size 1 standing for any size."""
+    return _rule(node) in (pointwise, matmul, attention, masked_scatter)

@@ -129,7 +129,9 @@ def _topk(ctx: Context, step: Select) -> Selection:
     scores = ctx.values[step.scores]
     node, axis, group, size = _group(ctx, step, scores)
     count = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
-    if step.by == "topk":
+    if isinstance(count, int) and count == 0:  # the scores are then read by nobody, and are not computed
+        mask = ctx.editor.call(aten.zeros_like.default, node, dtype=torch.bool)
+    elif step.by == "topk":
         mask = ctx.editor.call(tokred.topk_mask.default, node, group, count)
     else:
         first = [_on(ctx, ctx.values[name], axis) for name in step.first]
