@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokcompile import AddressError, EditError, LowerError, RuleError, TokredError
 from tokcompile.backend import tokred
+from tokcompile.models import families
 
 SCORE = "{name: s, by: norm, at: %s}"
 
@@ -176,3 +177,14 @@ def test_an_operator_without_a_rule_where_the_edit_reaches_it(tmp_path: Path) ->
     assert "aten.unfold.default" in error.cause
     assert "test_refusals.py" in str(error)
     assert "tokcompile/axes/rules.py" in error.remedy
+
+
+def test_learned_positions_cannot_be_compacted() -> None:
+    """They are added to the embeddings before any token is dropped."""
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+    model = families.decoder("gpt2", config).eval()
+    ids = torch.arange(5, 15)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    error = refused(model, inputs, EditError, rule="random", among="all", keep=4)
+    assert "no rotary positions" in error.cause
+    assert "positions: keep" in error.remedy and "random.yaml" in str(error)

@@ -35,11 +35,25 @@ def drop(ctx: Context, step: Drop) -> None:
     if len(dims) != 3:
         raise EditError("tokens can be dropped from a value [B, T, C]", where=[node_place(node)],
                         found=f"{tuple(node.meta['val'].shape)}")
+    if step.positions == "compact":
+        _check_positions(ctx, place)
     transport = Transport(ctx.editor, ctx.sites)
     with ctx.editor.after([node, selection.mask]):
         token_map = _map(ctx, transport, step, place, selection)
     transport.apply(node, token_map)
     ctx.refresh()
+
+
+def _check_positions(ctx: Context, place: Place) -> None:
+    """Only rotary positions can be renumbered: learned ones are already part of what a token carries.
+
+    A vision sequence has no positions to renumber; dropping its features renumbers the text they are spliced into.
+    """
+    text = ctx.sites.text_stack()
+    if text is None or (place.owner != text[0] and ctx.sites.splice is None) or ctx.sites.rotary[text[0]]:
+        return
+    raise EditError(f"positions cannot be compacted: the {text[0]} has no rotary positions", where=[place.address],
+                    found="positions that are added to the embeddings, or none", remedy="use `positions: keep`")
 
 
 def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection) -> TokenMap:
