@@ -74,8 +74,8 @@ def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:
     lengths = {str(c.key.meta["val"].shape[2]) for c in sites.caches.values()}
     if len(lengths) > 1 and any(b.attention.mask is not None for b in sites.caches):
         warnings.warn(
-            f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a padding "
-            "mask. One forward is right; to go on from these caches (generate), compile with "
+            f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a "
+            "padding mask. One forward is right; to go on from these caches (generate), compile with "
             "tokcompile.compile(model, rule=...), which brings a mask that fits every layer", stacklevel=2)
 
 

@@ -68,7 +68,7 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: D
     for rotary in sites.rotary["decoder"]:
         if not sites.reach.any_above(rotary.positions, inputs):
             raise CaptureError(
-                f"rule '{instance.name}' dropped prompt tokens, and this decode step counts its position from the cache",
+                f"rule '{instance.name}' dropped prompt tokens, and this step counts its position from the cache",
                 where=[f"{instance.rule.path}:{step.line}"], found="neither position_ids nor attention_mask is given",
                 remedy="pass position_ids (of the unpruned sequence), as model.generate does")
 
@@ -109,7 +109,8 @@ def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Nod
         before = editor.size(sites.caches[sites.stacks["decoder"].blocks[first - 1]].past, 2)
         return editor.call(aten.sub.Tensor, positions, editor.arithmetic(sub, before, past))
     if sites.padding is not None:
-        dropped = editor.arithmetic(lambda mask, old, new: mask - old - new, editor.size(sites.padding, 1), past, queries)
+        counted = editor.size(sites.padding, 1)
+        dropped = editor.arithmetic(lambda mask, old, new: mask - old - new, counted, past, queries)
         return editor.call(aten.sub.Tensor, positions, dropped)
     if queries == 1:
         return editor.call(aten.full_like.default, positions, past)

@@ -20,8 +20,8 @@ def prepare() -> None:
     """Set Dynamo's capture flags (unless the user did) and let transformers be traced whole.
 
     Without the flags, a scalar read or a data-dependent shape splits the graph. The first call of a transformers model
-    splits it too: it installs output-capturing hooks under a lock, which Dynamo cannot trace; marked as a constant call,
-    that runs at trace time.
+    splits it too: it installs output-capturing hooks under a lock, which Dynamo cannot trace; marked as a constant
+    call, that runs at trace time.
     """
     for name in _FLAGS:
         if getattr(torch._dynamo.config, name) == _defaults[name]:
@@ -45,7 +45,7 @@ def _install_hooks_while_tracing() -> None:
 
 
 def _install_hooks_before_tracing(*args: Any) -> None:
-    """Older PyTorch cannot make a constant of a call with a module: let all models have their hooks when tracing starts."""
+    """Older PyTorch makes no constant of a call with a module: give all models their hooks when tracing starts."""
     del args
     base = getattr(_optional("transformers"), "PreTrainedModel", None)
     install = _optional("transformers.utils.output_capturing").maybe_install_capturing_hooks  # type: ignore[union-attr]

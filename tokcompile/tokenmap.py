@@ -202,7 +202,8 @@ class Transport:
                 return self._renumbered(value, positions, token_map, aligned)
         inside = value.target is aten.unsqueeze.default and value.args[1] % len(self.of(value)) != 0
         if inside and batch <= 0 and not lead and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
-            inner = self._brought(value.args[0], token_map, aligned)  # one gather for a table that every layer unsqueezes
+            # One gather for a table that every layer unsqueezes.
+            inner = self._brought(value.args[0], token_map, aligned)
             return self.editor.clone(value, {value.args[0]: inner})
         moved, spots = value, self.where(value, token_map.axis)
         if batch < 0:

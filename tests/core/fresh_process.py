@@ -28,7 +28,8 @@ def build() -> LlavaForConditionalGeneration:
 
 def inputs() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
-    ids = torch.cat([torch.tensor([[1]]), torch.full((1, 576), IMAGE), torch.randint(10, 256, (1, 12), generator=random)], 1)
+    words = torch.randint(10, 256, (1, 12), generator=random)
+    ids = torch.cat([torch.tensor([[1]]), torch.full((1, 576), IMAGE), words], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.randn(1, 3, 336, 336, generator=random)}
 
@@ -54,8 +55,8 @@ def generate_by_hand(model: LlavaForConditionalGeneration, given: dict[str, torc
     words = model.get_input_embeddings()(given["input_ids"])
     reduced = torch.cat([words[:, :1], rows, words[:, 577:]], 1)
     mask = torch.ones(reduced.shape[:2], dtype=torch.long)
-    return model.generate(inputs_embeds=reduced, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0,
-                          eos_token_id=None)
+    return model.generate(inputs_embeds=reduced, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
+                          pad_token_id=0, eos_token_id=None)
 
 
 def main() -> None:

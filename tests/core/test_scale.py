@@ -1,4 +1,4 @@
-"""Models of real proportions: the rewrite of a 7B in a second, and a fresh process that imports nothing of tokcompile."""
+"""Models of real proportions: the rewrite of a 7B in a second, and a fresh process without an import of ours."""
 
 from __future__ import annotations
 
