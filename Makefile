@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q --durations=15
 
-# The matrix of invariants, models of real proportions, and every block of the README and the docs.
+# Models of real proportions, and every block of the README and the docs.
 test-slow: setup
 	$(BIN)/python -m pytest -q --durations=15 -m slow
 

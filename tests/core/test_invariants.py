@@ -21,8 +21,6 @@ PADS = {"none": (), "left": (2, 0, 1)}
 
 Run = Callable[..., naive.Ran]
 
-pytestmark = pytest.mark.slow  # the whole matrix takes longer than all other tests together
-
 
 def _by_fastv(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     return naive.run(model, inputs, [naive.fastv(2, keep)])
