@@ -37,8 +37,8 @@ def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping
     """
     sites = find_sites(program)
     depth = len(sites.stacks["decoder"].blocks)
-    drops = [(_first_block(step, rule, facts, depth), step, rule, record)
-             for rule, record in zip(rules, applied, strict=True) for step in rule.rule.steps if isinstance(step, Drop)]
+    drops = [(_first_block(step, depth), step, rule, record)
+             for rule, record in zip(rules, applied, strict=True) for step in _drops(rule, facts)]
     for first in sorted({d[0] for d in drops if d[0] < depth}):
         here = [d for d in drops if d[0] == first]
         if len({step.positions for _, step, _, _ in here}) > 1:
@@ -52,10 +52,16 @@ def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping
             _check_given(program, sites, rule, step)
 
 
-def _first_block(step: Drop, instance: RuleInstance, facts: Mapping[str, int], depth: int) -> int:
+def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop]:
+    """The drops of a rule with their values filled in; steps that choose may need facts that only a prompt has."""
+    known = {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
+    steps = [s for s in rule.rule.steps if isinstance(s, Drop)]
+    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in ("at", "positions")}) for s in steps]
+
+
+def _first_block(step: Drop, depth: int) -> int:
     """The first decoder block whose cache a drop shortened."""
-    known = {k: v for k, v in instance.params.items() if not has_expression(v)}
-    address = parse_address(str(substitute(step.at, {**known, **facts})))
+    address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
         return 0
     index = int(address.index)

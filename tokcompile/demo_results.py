@@ -35,8 +35,8 @@ def _intro(report: Mapping[str, Any]) -> list[str]:
 def _notes(report: Mapping[str, Any]) -> list[str]:
     return [f"FLOPs {report['flops_are']}; KV bytes {report['kv_bytes_are']}. Milliseconds are {report['latency_is']}, "
             f"batch {report['batch']}, {report['rounds']} rounds: only their ratios mean something. *Ideal* is the "
-            "same rewritten graph with its selections given as constants. The difference is the largest of any logit on the "
-            "`inductor` target; on the `eager` target it was "
+            "same rewritten graph with its selections given as constants. The difference is the largest of any logit "
+            "on the `inductor` target; on the `eager` target it was "
             f"{max(c['max_abs_diff_to_ideal_eager'] for r in report['rules'].values() for c in r.values()):g}."]
 
 
