@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
@@ -23,7 +22,5 @@ settings.load_profile("tokcompile")
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     """Forget compiled graphs after each test: a cached one would hide what the next test checks."""
-    # pytest would collect torch's trace of every compilation, thousands of lines for each test that fails.
-    logging.getLogger("torch.__trace").propagate = False
     yield
     torch._dynamo.reset()

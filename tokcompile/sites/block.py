@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
+import tokcompile.kernels  # noqa: F401  registers tokred::gather_tokens, which earlier edits put on the stream
 from tokcompile.program import module_path
 from tokcompile.sites.attention import Attention
 from tokcompile.sites.reach import Reach
@@ -14,6 +15,7 @@ from tokcompile.sites.reach import Reach
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.clone.default,
           aten.contiguous.default, aten.to.dtype}
+_PASSED = _VIEWS | {torch.ops.tokred.gather_tokens.default}
 
 
 @dataclass(eq=False)
@@ -90,7 +92,7 @@ def _residual(site: Attention, reach: Reach) -> tuple[Node, Node] | None:
 
 
 def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: list[Stack]) -> Stack:
-    """The stack whose last addition the stream comes from through additions and views alone; else a new one."""
+    """The stack whose last addition the stream comes from through additions, views and cuts alone; else a new one."""
     todo, seen = [stream], set()
     while todo:
         node = todo.pop()
@@ -98,7 +100,7 @@ def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: l
             stack, block = by_merge[node]
             if stack.blocks[-1] is block:
                 return stack
-        if node not in seen and (_is_add(node) or node.target in _VIEWS):
+        if node not in seen and (_is_add(node) or node.target in _PASSED):
             seen.add(node)
             todo.extend(node.args if _is_add(node) else node.args[:1])
     stacks.append(Stack())
