@@ -12,11 +12,26 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from tokcompile.models import families
 
 # 16 patches, heads 16 wide; with 7 tokens of text 24 tokens in all, with 47 tokens 64, the width of the stream.
-TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "image_size": 28, "patch_size": 7}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
 IMAGE = 63
 
 
@@ -27,8 +42,14 @@ def _llava(**options) -> nn.Module:
 def _siglip() -> nn.Module:
     """No class token, biases on queries and keys, features of the last block."""
     vision = SiglipVisionConfig(**VISION, vision_use_head=False)
-    config = LlavaConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE,
-                         image_seq_length=16, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
     return families.scaled_init(LlavaForConditionalGeneration(config), 0)
 
 
@@ -42,8 +63,9 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: families.decoder("mistral", TEXT | {"head_dim": 16, "num_key_value_heads": 4}),
     "gpt2": lambda: families.decoder("gpt2", TEXT | {"n_layer": 3, "n_head": 4, "n_embd": 64}),
     "opt": lambda: families.decoder("opt", TEXT | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gemma2": lambda: families.decoder("gemma2", TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16,
-                                                         "sliding_window": 12}),
+    "gemma2": lambda: families.decoder(
+        "gemma2", TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+    ),
     "clip": lambda: families.clip_vision(VISION),
     "vit": lambda: families.vit(VISION | {"num_labels": 10}),
 }
@@ -71,8 +93,13 @@ def images(model: nn.Module) -> int:
     return getattr(model.config, "image_seq_length", 0)
 
 
-def example(model: nn.Module, batch: int = 1, pads: tuple[int, ...] = (), text: int = 7, seed: int = 0,
-            ) -> dict[str, Tensor]:
+def example(
+    model: nn.Module,
+    batch: int = 1,
+    pads: tuple[int, ...] = (),
+    text: int = 7,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """Inputs of a model; `pads` says how far each row is padded on the left, within the same length."""
     rng = torch.Generator().manual_seed(seed)
     config = model.config
@@ -83,8 +110,7 @@ def example(model: nn.Module, batch: int = 1, pads: tuple[int, ...] = (), text: 
     if not hasattr(config, "vision_config") and "pixel_values" in out:
         return out
     words = torch.randint(5, 60, (batch, text), generator=rng)
-    ids = torch.cat([torch.ones(batch, 1, dtype=torch.long),
-                     torch.full((batch, images(model)), IMAGE), words], 1)
+    ids = torch.cat([torch.ones(batch, 1, dtype=torch.long), torch.full((batch, images(model)), IMAGE), words], 1)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
         if pad:
@@ -95,5 +121,7 @@ def example(model: nn.Module, batch: int = 1, pads: tuple[int, ...] = (), text: 
 
 def row(inputs: dict[str, Tensor], number: int, pad: int = 0) -> dict[str, Tensor]:
     """One row of a batch alone, without its padding."""
-    return {name: value[number: number + 1, pad:] if value.ndim == 2 else value[number: number + 1]
-            for name, value in inputs.items()}
+    return {
+        name: value[number : number + 1, pad:] if value.ndim == 2 else value[number : number + 1]
+        for name, value in inputs.items()
+    }

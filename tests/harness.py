@@ -36,8 +36,9 @@ def prune(model: nn.Module, target: str = "eager", dynamic: bool | None = None, 
     """Compile a model; the model itself stays as it is."""
     pruned = Pruned(None)
     extra = {"record": pruned.recording} if "replay" not in options else {}
-    pruned.call = torch.compile(model, backend=tokred, dynamic=dynamic,
-                                options={**options, **extra, "target": target, "report": pruned.report})
+    pruned.call = torch.compile(
+        model, backend=tokred, dynamic=dynamic, options={**options, **extra, "target": target, "report": pruned.report}
+    )
     return pruned
 
 

@@ -55,9 +55,14 @@ class Ran:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
-        patches: Callable[[nn.Module, Tensor], Kept] | None = None, tower: Cut | None = None,
-        generated: int = 0) -> Ran:
+def run(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    cuts: Sequence[Cut] = (),
+    patches: Callable[[nn.Module, Tensor], Kept] | None = None,
+    tower: Cut | None = None,
+    generated: int = 0,
+) -> Ran:
     """Run a language model or a LLaVA by hand.
 
     Args:
@@ -71,7 +76,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
     ids = inputs["input_ids"]
     valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     image = ids == getattr(model.config, "image_token_index", -1)
-    image[:, ids.shape[1] - generated:] = False
+    image[:, ids.shape[1] - generated :] = False
     kept: list[Kept] = []
     features = None
     if "pixel_values" in inputs:
@@ -96,8 +101,13 @@ def run(model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[Cut] = (),
 
 
 @torch.no_grad()
-def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, cuts: Sequence[Cut] = (),
-             patches: Callable[[nn.Module, Tensor], Kept] | None = None) -> Tensor:
+def generate(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    steps: int,
+    cuts: Sequence[Cut] = (),
+    patches: Callable[[nn.Module, Tensor], Kept] | None = None,
+) -> Tensor:
     """Greedy continuation without any cache: each step runs the prompt and all tokens so far from the beginning.
 
     What the first run chose stays chosen, and a new token is kept by every drop.
@@ -113,8 +123,10 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, cuts: Sequ
         longer = inputs | {"input_ids": torch.cat([inputs["input_ids"], words], 1)}
         if "attention_mask" in inputs:
             longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1)
-        again = [Cut(cut.layer, _chosen_before(kept, done), cut.compact)
-                 for cut, kept in zip(cuts, first.kept[skipped:], strict=True)]
+        again = [
+            Cut(cut.layer, _chosen_before(kept, done), cut.compact)
+            for cut, kept in zip(cuts, first.kept[skipped:], strict=True)
+        ]
         same = None if patches is None else lambda *_: first.kept[0]
         logits.append(run(model, longer, again, same, generated=done).logits[:, -1])
     return torch.stack(logits, 1)
@@ -145,7 +157,7 @@ def cut_in_tower(model: nn.Module, cut: Cut | None) -> Iterator[list[Kept]]:
         hidden = args[0]
         everything = torch.ones(hidden.shape[:2], dtype=torch.bool)
         image = everything.clone()
-        image[:, :class_tokens(model)] = False
+        image[:, : class_tokens(model)] = False
         kept.append(cut.choose(State(hidden, everything, image)))
         return (_take(hidden, kept[-1]), *args[1:])
 
@@ -204,11 +216,16 @@ def _decoder(model: nn.Module, state: State, cuts: Sequence[Cut]) -> tuple[Tenso
                 positions = _take(positions, chosen)
                 tables = tuple(_take(t, chosen) for t in tables)
             state.hidden, state.valid, state.image = (
-                _take(t, chosen) for t in (state.hidden, state.valid, state.image))
+                _take(t, chosen) for t in (state.hidden, state.valid, state.image)
+            )
         lengths.append(state.hidden.shape[1])
         with _recorded(layer.self_attn) as seen:
-            out = layer(state.hidden, attention_mask=_for(model, mask, state.hidden.dtype), position_ids=positions,
-                        position_embeddings=tables)
+            out = layer(
+                state.hidden,
+                attention_mask=_for(model, mask, state.hidden.dtype),
+                position_ids=positions,
+                position_embeddings=tables,
+            )
         state.hidden = out[0] if isinstance(out, tuple) else out
         state.scores.append(_last_row(layer.self_attn, seen, tables, mask, state.valid))
     return model.lm_head(text.norm(state.hidden)), kept, lengths
@@ -225,8 +242,10 @@ def _for(model: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _recorded(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Queries and keys before rotary, [B, T, heads * width], as the model's own projections make them."""
     seen: dict[str, Tensor] = {}
-    hooks = [getattr(attention, name).register_forward_hook(
-        lambda module, args, out, name=name: seen.__setitem__(name, out)) for name in ("q_proj", "k_proj")]
+    hooks = [
+        getattr(attention, name).register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+        for name in ("q_proj", "k_proj")
+    ]
     try:
         yield seen
     finally:
@@ -238,8 +257,9 @@ def _heads(value: Tensor, width: int) -> Tensor:
     return value.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
-def _last_row(attention: nn.Module, seen: dict[str, Tensor], tables: tuple[Tensor, Tensor], mask: Tensor,
-              valid: Tensor) -> Tensor:
+def _last_row(
+    attention: nn.Module, seen: dict[str, Tensor], tables: tuple[Tensor, Tensor], mask: Tensor, valid: Tensor
+) -> Tensor:
     """Attention of each row's last real token, mean over heads, float32 [B, T]."""
     query, key = (_heads(seen[name], attention.head_dim) for name in ("q_proj", "k_proj"))
     module = importlib.import_module(type(attention).__module__)
@@ -305,8 +325,11 @@ def fastv(layer: int = 2, keep: int | float | str = 0.5) -> Cut:
     return Cut(layer, choose)
 
 
-def hiprune(keep: int | float | str = "1/3", alpha: float = 0.1, object_layer: int | None = None,
-            ) -> Callable[[nn.Module, Tensor], Kept]:
+def hiprune(
+    keep: int | float | str = "1/3",
+    alpha: float = 0.1,
+    object_layer: int | None = None,
+) -> Callable[[nn.Module, Tensor], Kept]:
     """HiPrune: anchors of a middle layer, their neighbours on the raster, and the best of the last layer used."""
 
     def choose(model: nn.Module, pixels: Tensor) -> Kept:
@@ -321,8 +344,15 @@ def hiprune(keep: int | float | str = "1/3", alpha: float = 0.1, object_layer: i
         for row in range(len(pixels)):
             first = best(middle[row], range(patches), anchors)
             around = {min(max(i + d, 0), patches - 1) for i in first for d in (0, -1, 1, -width, width)} - set(first)
-            ranked = sorted(range(patches), key=lambda i, row=row, first=first, around=around: (
-                i not in first, i not in around, -deep[row, i].item(), i))
+            ranked = sorted(
+                range(patches),
+                key=lambda i, row=row, first=first, around=around: (
+                    i not in first,
+                    i not in around,
+                    -deep[row, i].item(),
+                    i,
+                ),
+            )
             out.append(sorted(ranked[:budget]))
         return out
 

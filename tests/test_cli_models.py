@@ -13,10 +13,23 @@ from tokcompile.cli import app
 from tokcompile.models import families
 
 RUN = CliRunner()
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-          "image_size": 28, "patch_size": 7}
-TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +84,17 @@ def test_explain_as_json(folder: str) -> None:
     assert tokens == [tokens[0], tokens[0] - 12, tokens[0] - 12]
 
 
-@pytest.mark.parametrize(("words", "cause"), [
-    (["explain", "FOLDER", "fastv", "keep"], "'keep' is not an option of a rule"),
-    (["explain", "FOLDER", "fastv", "keep=2", "keep=3"], "option 'keep' is given twice"),
-    (["explain", "FOLDER", "fastv", "kept=2"], "rule 'fastv' has no option 'kept'"),
-    (["explain", "FOLDER", "fast", "keep=2"], "there is no rule 'fast'"),
-    (["sites", "/nowhere/at/all"], "model '/nowhere/at/all' cannot be loaded: no folder or model of that name"),
-    (["sites", "zoo:nothing"], "the zoo has no model 'nothing'"),
-])
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["explain", "FOLDER", "fastv", "keep"], "'keep' is not an option of a rule"),
+        (["explain", "FOLDER", "fastv", "keep=2", "keep=3"], "option 'keep' is given twice"),
+        (["explain", "FOLDER", "fastv", "kept=2"], "rule 'fastv' has no option 'kept'"),
+        (["explain", "FOLDER", "fast", "keep=2"], "there is no rule 'fast'"),
+        (["sites", "/nowhere/at/all"], "model '/nowhere/at/all' cannot be loaded: no folder or model of that name"),
+        (["sites", "zoo:nothing"], "the zoo has no model 'nothing'"),
+    ],
+)
 def test_errors(words: list[str], cause: str, folder: str) -> None:
     words = [folder if word == "FOLDER" else word for word in words]
     result = RUN.invoke(app, words)

@@ -40,8 +40,9 @@ def commands() -> list[str]:
 def test_commands_run(command: str, tmp_path: Path) -> None:
     assert command.startswith("tokred "), "only tokred commands are run from the docs"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=600, cwd=tmp_path,
-                          env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=600, cwd=tmp_path, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
 

@@ -18,8 +18,15 @@ from tokcompile.rulefile import parse_rules
 _BEFORE = "_tokcompile_attention_before"
 
 
-def compile(model: torch.nn.Module, rule: str | Path | None = None, *, rules: Sequence[Any] | None = None,
-            target: str = "inductor", dynamic: bool | None = None, **params: Any) -> torch.nn.Module:
+def compile(
+    model: torch.nn.Module,
+    rule: str | Path | None = None,
+    *,
+    rules: Sequence[Any] | None = None,
+    target: str = "inductor",
+    dynamic: bool | None = None,
+    **params: Any,
+) -> torch.nn.Module:
     """Compile a model in place under rules, ready for `model(...)` and `model.generate(...)`.
 
     The same as `model.compile(backend="tokred", options=...)`, and in addition a transformers model with full attention
@@ -61,8 +68,13 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def rewrite(exported: torch.export.ExportedProgram, rule: str | Path | None = None, *,
-            rules: Sequence[Any] | None = None, **params: Any) -> torch.export.ExportedProgram:
+def rewrite(
+    exported: torch.export.ExportedProgram,
+    rule: str | Path | None = None,
+    *,
+    rules: Sequence[Any] | None = None,
+    **params: Any,
+) -> torch.export.ExportedProgram:
     """Rewrite an exported program by rules; the result is a valid exported program, the given one stays as it is.
 
     Args:

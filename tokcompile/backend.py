@@ -33,8 +33,9 @@ class Report:
         self.graphs: list[list[Applied]] = []
 
 
-def tokred(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-           mode: str | None = None) -> Callable[..., Any]:
+def tokred(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
     """Rewrite a Dynamo graph by rules and compile it.
 
     Args:
@@ -50,8 +51,11 @@ def tokred(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     del mode
     options = dict(options or {})
     if "rule" not in options and "rules" not in options:
-        raise RuleError("backend 'tokred' needs a rule", found=f"options {sorted(options)}",
-                        remedy=f'options={{"rule": NAME}} with NAME one of {", ".join(rule_names())}, or a rule file')
+        raise RuleError(
+            "backend 'tokred' needs a rule",
+            found=f"options {sorted(options)}",
+            remedy=f'options={{"rule": NAME}} with NAME one of {", ".join(rule_names())}, or a rule file',
+        )
     rules = parse_rules(options, reserved=RESERVED)
     program = from_dynamo(gm, example_inputs)
     applied = apply_rules(program, rules)
@@ -76,7 +80,9 @@ def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:
         warnings.warn(
             f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a "
             "padding mask. One forward is right; to go on from these caches (generate), compile with "
-            "tokcompile.compile(model, rule=...), which brings a mask that fits every layer", stacklevel=2)
+            "tokcompile.compile(model, rule=...), which brings a mask that fits every layer",
+            stacklevel=2,
+        )
 
 
 __all__ = ["RESERVED", "TARGETS", "Report", "tokred"]

@@ -55,8 +55,9 @@ def _name_inputs(program: Program, placeholders: Sequence[Node]) -> None:
 def _kind(old: Node, fake: Any) -> str:
     if not isinstance(fake, torch.Tensor):
         return "size"
-    if isinstance(fake, torch.nn.Parameter) or old.name.startswith(("l_self_modules", "l_self_parameters",
-                                                                    "l_self_buffers", "p_", "b_", "c_")):
+    if isinstance(fake, torch.nn.Parameter) or old.name.startswith(
+        ("l_self_modules", "l_self_parameters", "l_self_buffers", "p_", "b_", "c_")
+    ):
         return "parameter"
     return "input"
 
@@ -124,11 +125,17 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
     except _Captured:
         pass  # the graph is all that was wanted: a meta model cannot run
     except torch._dynamo.exc.Unsupported as error:
-        raise CaptureError("the model does not capture as one graph", found=str(error).splitlines()[0],
-                           remedy="see the capture notes in docs/capture.md") from error
+        raise CaptureError(
+            "the model does not capture as one graph",
+            found=str(error).splitlines()[0],
+            remedy="see the capture notes in docs/capture.md",
+        ) from error
     finally:
         torch._dynamo.reset()
     if not found:
-        raise CaptureError("nothing was captured", found="Dynamo handed over no graph",
-                           remedy="check that the model is not itself under torch.compiler.disable")
+        raise CaptureError(
+            "nothing was captured",
+            found="Dynamo handed over no graph",
+            remedy="check that the model is not itself under torch.compiler.disable",
+        )
     return found

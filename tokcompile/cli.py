@@ -223,7 +223,6 @@ def demo(
         typer.echo(f"wrote {out / 'report.html'} and {out / 'report.json'}")
 
 
-
 def main() -> None:
     """Run the command line."""
     app()

@@ -28,8 +28,9 @@ from tokcompile.steps import Drop
 aten = torch.ops.aten
 
 
-def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping[str, int],
-                 applied: Sequence[Applied]) -> None:
+def adapt_decode(
+    program: Program, rules: Sequence[RuleInstance], facts: Mapping[str, int], applied: Sequence[Applied]
+) -> None:
     """Let a step continue after a prompt that rules pruned.
 
     Drops of several rules at one block are counted together: what the caches say is their sum.
@@ -39,19 +40,26 @@ def adapt_decode(program: Program, rules: Sequence[RuleInstance], facts: Mapping
     """
     sites = find_sites(program)
     depth = len(sites.stacks["decoder"].blocks)
-    drops = [(_first_block(step, depth), step, rule, record)
-             for rule, record in zip(rules, applied, strict=True) for step in _drops(rule, facts)]
-    cuts = [Cut(first, takes_padding(rule.rule, step, _known(rule, facts)), f"{rule.rule.path}:{step.line}")
-            for first, step, rule, _ in drops]
+    drops = [
+        (_first_block(step, depth), step, rule, record)
+        for rule, record in zip(rules, applied, strict=True)
+        for step in _drops(rule, facts)
+    ]
+    cuts = [
+        Cut(first, takes_padding(rule.rule, step, _known(rule, facts)), f"{rule.rule.path}:{step.line}")
+        for first, step, rule, _ in drops
+    ]
     if cuts:
         follow_padding(program, sites, cuts, Editor(program, rules[0].name, applied[0].counts))
         sites = find_sites(program)
     for first in sorted({d[0] for d in drops if d[0] < depth}):
         here = [d for d in drops if d[0] == first]
         if len({step.positions for _, step, _, _ in here}) > 1:
-            raise CaptureError(f"drops at block {first} both keep and compact positions",
-                               where=[f"{rule.rule.path}:{step.line}" for _, step, rule, _ in here],
-                               remedy="give them the same positions, or drop at different blocks")
+            raise CaptureError(
+                f"drops at block {first} both keep and compact positions",
+                where=[f"{rule.rule.path}:{step.line}" for _, step, rule, _ in here],
+                remedy="give them the same positions, or drop at different blocks",
+            )
         _, step, rule, record = here[0]
         if step.positions == "compact":
             _compact(program, find_sites(program), rule, first, record)
@@ -86,8 +94,10 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: D
         if not sites.reach.any_above(rotary.positions, inputs):
             raise CaptureError(
                 f"rule '{instance.name}' dropped prompt tokens, and this step counts its position from the cache",
-                where=[f"{instance.rule.path}:{step.line}"], found="neither position_ids nor attention_mask is given",
-                remedy="pass position_ids (of the unpruned sequence), as model.generate does")
+                where=[f"{instance.rule.path}:{step.line}"],
+                found="neither position_ids nor attention_mask is given",
+                remedy="pass position_ids (of the unpruned sequence), as model.generate does",
+            )
 
 
 def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int, applied: Applied) -> None:
@@ -110,8 +120,15 @@ def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int,
 
 def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> list[Node]:
     """Position tables that a block reads."""
-    return [v for v in node.all_input_nodes if v not in region and isinstance(v.meta.get("val"), torch.Tensor)
-            and v.meta["val"].dtype.is_floating_point and v in sites.reach.order and sites.reach.above(positions, v)]
+    return [
+        v
+        for v in node.all_input_nodes
+        if v not in region
+        and isinstance(v.meta.get("val"), torch.Tensor)
+        and v.meta["val"].dtype.is_floating_point
+        and v in sites.reach.order
+        and sites.reach.above(positions, v)
+    ]
 
 
 def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Node:

@@ -74,8 +74,9 @@ class Result:
     image_token: int
 
 
-def run(settings: Settings, progress: Progress, *, model: torch.nn.Module | None = None,
-        questions: Questions | None = None) -> Result:
+def run(
+    settings: Settings, progress: Progress, *, model: torch.nn.Module | None = None, questions: Questions | None = None
+) -> Result:
     """Run the demo.
 
     Args:
@@ -103,8 +104,9 @@ def run(settings: Settings, progress: Progress, *, model: torch.nn.Module | None
         plain["inductor"](timed)
         say(f"answering {len(questions)} questions unpruned")
         answers = _answers(plain["eager"], questions, settings.batch)
-        done = [_case(bench, rule, keep, settings, questions, say)
-                for rule in settings.rules for keep in settings.keeps]
+        done = [
+            _case(bench, rule, keep, settings, questions, say) for rule in settings.rules for keep in settings.keeps
+        ]
         calls = {("unpruned", name): call for name, call in plain.items()}
         calls |= {(case.rule, case.keep, name): call for case in done for name, call in case.calls.items()}
         latency = time_interleaved(calls, timed, settings.rounds, settings.warmup, say)
@@ -114,8 +116,9 @@ def run(settings: Settings, progress: Progress, *, model: torch.nn.Module | None
     return Result(report, done, questions, answers, _image_token(model))
 
 
-def _case(bench: Bench, rule: str, keep: str, settings: Settings, questions: Questions,
-          say: Callable[[str], None]) -> Case:
+def _case(
+    bench: Bench, rule: str, keep: str, settings: Settings, questions: Questions, say: Callable[[str], None]
+) -> Case:
     """Compile a case in all its variants, compare with the ideal on the timed batch, and answer the questions."""
     say(f"{rule} {keep}: compiling")
     program = bench.program.copy()
@@ -168,8 +171,13 @@ def _image_token(model: torch.nn.Module) -> int:
     return getattr(config, "image_token_index", None) or config.image_token_id
 
 
-def _report(settings: Settings, questions: Questions, cases: list[Case], answers: Tensor,
-            latency: Mapping[tuple[str, ...], list[float]]) -> dict[str, Any]:
+def _report(
+    settings: Settings,
+    questions: Questions,
+    cases: list[Case],
+    answers: Tensor,
+    latency: Mapping[tuple[str, ...], list[float]],
+) -> dict[str, Any]:
     median = {key: statistics.median(times) for key, times in latency.items()}
     right = _share(answers, questions)
     before, rows = cases[0].part.before, settings.batch
@@ -179,36 +187,61 @@ def _report(settings: Settings, questions: Questions, cases: list[Case], answers
         entry["latency_quartiles_ms"] = {name: _quartiles(latency[case.rule, case.keep, name]) for name in case.calls}
         rules.setdefault(case.rule, {})[case.keep] = entry
     return {
-        "model": MODEL, "images": len(questions),
+        "model": MODEL,
+        "images": len(questions),
         "unpruned": {
-            "accuracy": right, "image_tokens": int(cases[0].drop["from"]), "flops": before.totals["decoder"] // rows,
-            "flops_all": before.flops // rows, "kv_bytes": before.kv_bytes // rows,
+            "accuracy": right,
+            "image_tokens": int(cases[0].drop["from"]),
+            "flops": before.totals["decoder"] // rows,
+            "flops_all": before.flops // rows,
+            "kv_bytes": before.kv_bytes // rows,
             "latency_ms": {name: median["unpruned", name] for name in ("eager", "inductor")},
             "latency_quartiles_ms": {name: _quartiles(latency["unpruned", name]) for name in ("eager", "inductor")},
         },
-        "rules": rules, "batch": settings.batch, "rounds": settings.rounds, "target": settings.target,
-        "flops_are": "of the decoder's blocks, for one image", "kv_bytes_are": "for one image",
+        "rules": rules,
+        "batch": settings.batch,
+        "rounds": settings.rounds,
+        "target": settings.target,
+        "flops_are": "of the decoder's blocks, for one image",
+        "kv_bytes_are": "for one image",
         "latency_is": "the median of one forward of a batch, with a cache; variants interleaved",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads()},
-        "versions": versions(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _case_report(case: Case, questions: Questions, unpruned: float,
-                 median: Mapping[tuple[str, ...], float], rows: int) -> dict[str, Any]:
+def _case_report(
+    case: Case, questions: Questions, unpruned: float, median: Mapping[tuple[str, ...], float], rows: int
+) -> dict[str, Any]:
     after = case.part.after
     own = {name: median[case.rule, case.keep, name] for name in ("eager", "tokred", "ideal")}
-    latency = {"eager": own["eager"], "inductor": median["unpruned", "inductor"], "tokred": own["tokred"],
-               "ideal": own["ideal"]}
+    latency = {
+        "eager": own["eager"],
+        "inductor": median["unpruned", "inductor"],
+        "tokred": own["tokred"],
+        "ideal": own["ideal"],
+    }
     right = _share(case.answers, questions)
     return {
-        "accuracy": right, "accuracy_kept": right / unpruned if unpruned else None, "image_tokens": case.image_tokens,
-        "flops": after.totals["decoder"] // rows, "flops_all": after.flops // rows,
-        "flops_of_the_rule": after.totals["rule"] // rows, "kv_bytes": after.kv_bytes // rows, "latency_ms": latency,
-        "ratios": {"tokred/ideal": latency["tokred"] / latency["ideal"],
-                   "inductor/tokred": latency["inductor"] / latency["tokred"]},
-        "max_abs_diff_to_ideal": case.diff, "max_abs_diff_to_ideal_eager": case.diff_eager,
+        "accuracy": right,
+        "accuracy_kept": right / unpruned if unpruned else None,
+        "image_tokens": case.image_tokens,
+        "flops": after.totals["decoder"] // rows,
+        "flops_all": after.flops // rows,
+        "flops_of_the_rule": after.totals["rule"] // rows,
+        "kv_bytes": after.kv_bytes // rows,
+        "latency_ms": latency,
+        "ratios": {
+            "tokred/ideal": latency["tokred"] / latency["ideal"],
+            "inductor/tokred": latency["inductor"] / latency["tokred"],
+        },
+        "max_abs_diff_to_ideal": case.diff,
+        "max_abs_diff_to_ideal_eager": case.diff_eager,
         "generate_agrees": case.generated or None,
     }
 

@@ -90,8 +90,9 @@ class Bench:
         return call
 
 
-def time_interleaved(calls: Mapping[Any, Call], inputs: Mapping[str, Tensor], rounds: int, warmup: int,
-                     say: Callable[[str], None]) -> dict[Any, list[float]]:
+def time_interleaved(
+    calls: Mapping[Any, Call], inputs: Mapping[str, Tensor], rounds: int, warmup: int, say: Callable[[str], None]
+) -> dict[Any, list[float]]:
     """Milliseconds of every call in every round; each round makes all calls, in another order."""
     spent: dict[Any, list[float]] = {key: [] for key in calls}
     order, shuffle = list(calls), random.Random(0)

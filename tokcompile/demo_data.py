@@ -45,5 +45,9 @@ class Questions:
 def digit_questions(count: int) -> Questions:
     """Canvases of the test split, made of scans that training never saw; the same for the same count."""
     parts = [digits.canvases("test", min(_PIECE, count - start), _SEED + start) for start in range(0, count, _PIECE)]
-    return Questions(torch.cat([part.input_ids for part in parts]), torch.cat([part.pixel_values for part in parts]),
-                     torch.cat([part.answers for part in parts]) + digits.TOKEN["0"], digits.VOCABULARY)
+    return Questions(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.pixel_values for part in parts]),
+        torch.cat([part.answers for part in parts]) + digits.TOKEN["0"],
+        digits.VOCABULARY,
+    )

@@ -25,21 +25,55 @@ _SCALE = 2
 
 def render(report: dict[str, Any], plain: bool) -> RenderableType:
     """The table of `tokred demo`."""
-    result = table("", "accuracy", "image tokens", "decoder FLOPs", "KV cache", "eager ms", "inductor ms", "tokred ms",
-                   "ideal ms", "tokred/ideal", "inductor/tokred", "|diff| to ideal", plain=plain)
+    result = table(
+        "",
+        "accuracy",
+        "image tokens",
+        "decoder FLOPs",
+        "KV cache",
+        "eager ms",
+        "inductor ms",
+        "tokred ms",
+        "ideal ms",
+        "tokred/ideal",
+        "inductor/tokred",
+        "|diff| to ideal",
+        plain=plain,
+    )
     base = report["unpruned"]
     ms = base["latency_ms"]
-    result.add_row("unpruned", f"{base['accuracy']:.1%}", str(base["image_tokens"]), amount(base["flops"]),
-                   bytes_of(base["kv_bytes"]), f"{ms['eager']:.1f}", f"{ms['inductor']:.1f}", "", "", "", "", "")
+    result.add_row(
+        "unpruned",
+        f"{base['accuracy']:.1%}",
+        str(base["image_tokens"]),
+        amount(base["flops"]),
+        bytes_of(base["kv_bytes"]),
+        f"{ms['eager']:.1f}",
+        f"{ms['inductor']:.1f}",
+        "",
+        "",
+        "",
+        "",
+        "",
+    )
     for rule, keep, case in _cases(report):
         ms, ratio = case["latency_ms"], case["ratios"]
-        result.add_row(f"{rule} {keep}", f"{case['accuracy']:.1%}", str(case["image_tokens"]), amount(case["flops"]),
-                       bytes_of(case["kv_bytes"]), *(f"{ms[n]:.1f}" for n in ("eager", "inductor", "tokred", "ideal")),
-                       f"{ratio['tokred/ideal']:.2f}", f"{ratio['inductor/tokred']:.2f}",
-                       f"{case['max_abs_diff_to_ideal']:.1e}")
+        result.add_row(
+            f"{rule} {keep}",
+            f"{case['accuracy']:.1%}",
+            str(case["image_tokens"]),
+            amount(case["flops"]),
+            bytes_of(case["kv_bytes"]),
+            *(f"{ms[n]:.1f}" for n in ("eager", "inductor", "tokred", "ideal")),
+            f"{ratio['tokred/ideal']:.2f}",
+            f"{ratio['inductor/tokred']:.2f}",
+            f"{case['max_abs_diff_to_ideal']:.1e}",
+        )
     machine = report["machine"]
-    result.caption = (f"{report['model']}, {report['images']} test images; times are medians of {report['rounds']} "
-                      f"interleaved rounds of {report['batch']} images on {machine['threads']} threads")
+    result.caption = (
+        f"{report['model']}, {report['images']} test images; times are medians of {report['rounds']} "
+        f"interleaved rounds of {report['batch']} images on {machine['threads']} threads"
+    )
     return result
 
 
@@ -60,9 +94,15 @@ def as_html(result: Result, pictures: int = 4) -> str:
     rows = [{"name": f"{rule} {keep}", **case} for rule, keep, case in _cases(report)]
     slowest = max(report["unpruned"]["latency_ms"]["eager"], *(row["latency_ms"]["eager"] for row in rows))
     count = min(pictures, len(result.questions))
-    return page("demo.html.j2", report=report, rows=rows, scale=560 / slowest, versions=report["versions"],
-                columns=[f"{case.rule} {case.keep}" for case in result.cases],
-                pictures=[_picture_row(result, number) for number in range(count)])
+    return page(
+        "demo.html.j2",
+        report=report,
+        rows=rows,
+        scale=560 / slowest,
+        versions=report["versions"],
+        columns=[f"{case.rule} {case.keep}" for case in result.cases],
+        pictures=[_picture_row(result, number) for number in range(count)],
+    )
 
 
 def _picture_row(result: Result, number: int) -> dict[str, Any]:
@@ -79,8 +119,12 @@ def _picture_row(result: Result, number: int) -> dict[str, Any]:
 
 
 def _cell(result: Result, number: int, kept: Tensor, said: int, answer: int) -> dict[str, Any]:
-    return {"image": draw(result.questions.pixel_values[number], kept), "said": result.questions.word(said),
-            "right": said == answer, "kept": int(kept.sum())}
+    return {
+        "image": draw(result.questions.pixel_values[number], kept),
+        "said": result.questions.word(said),
+        "right": said == answer,
+        "kept": int(kept.sum()),
+    }
 
 
 def kept_everything(result: Result, number: int) -> Tensor:

@@ -84,10 +84,16 @@ class Editor:
             try:
                 return node.target(*args, **kwargs)
             except Exception as error:
-                shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes
-                          if isinstance(n.meta.get("val"), torch.Tensor)]
-                raise EditError(f"'{node.target}' does not fit the edited shapes", where=[place(node)],
-                                found=f"{error} with inputs {shapes}") from error
+                shapes = [
+                    tuple(n.meta["val"].shape)
+                    for n in node.all_input_nodes
+                    if isinstance(n.meta.get("val"), torch.Tensor)
+                ]
+                raise EditError(
+                    f"'{node.target}' does not fit the edited shapes",
+                    where=[place(node)],
+                    found=f"{error} with inputs {shapes}",
+                ) from error
 
     def clone(self, node: Node, swap: dict[Node, Node], args: Sequence[Any] | None = None) -> Node:
         """Copy a node with some of its inputs swapped, and with other arguments if given."""

@@ -51,7 +51,9 @@ def _eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]
 
 
 TARGETS: dict[str, Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]] = {
-    "inductor": _inductor, "aot_eager": _aot_eager, "eager": _eager,
+    "inductor": _inductor,
+    "aot_eager": _aot_eager,
+    "eager": _eager,
 }
 
 

@@ -61,8 +61,11 @@ def _zoo(name: str, batch: int) -> Source:
     try:
         loaded = zoo.load(name.removeprefix(ZOO))
     except OSError as error:
-        raise RuleError(f"the weights of '{name}' are not here", found=str(error).splitlines()[0][:300],
-                        remedy="make train, for the model of the demo") from error
+        raise RuleError(
+            f"the weights of '{name}' are not here",
+            found=str(error).splitlines()[0][:300],
+            remedy="make train, for the model of the demo",
+        ) from error
     if loaded.entry.on_meta:
         return from_config(loaded.model.config, name, batch)
     return Source(name, loaded.model, loaded.example(batch=batch), "zoo")
@@ -76,9 +79,11 @@ def _config(name: str) -> Any:
     except Exception as error:  # whatever the hub, a proxy or a broken file raises: the user needs one sentence
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         why = "this folder holds no readable config.json" if Path(name).is_dir() else "no folder or model of that name"
-        raise RuleError(f"model '{name}' cannot be loaded: {why}", found=reason[:300],
-                        remedy="zoo:NAME, a folder with a config.json, or a Hugging Face id (with network or in the "
-                               "local cache)") from error
+        raise RuleError(
+            f"model '{name}' cannot be loaded: {why}",
+            found=reason[:300],
+            remedy="zoo:NAME, a folder with a config.json, or a Hugging Face id (with network or in the local cache)",
+        ) from error
 
 
 def from_config(config: Any, name: str, batch: int = 1, *, weights: bool = False) -> Source:
@@ -94,9 +99,11 @@ def from_config(config: Any, name: str, batch: int = 1, *, weights: bool = False
         except TokredError:
             raise
         except Exception as error:
-            raise RuleError(f"transformers cannot build the model '{name}'",
-                            found=f"{type(error).__name__}: {error}"[:300],
-                            remedy="check its configuration with transformers.AutoModel.from_config") from error
+            raise RuleError(
+                f"transformers cannot build the model '{name}'",
+                found=f"{type(error).__name__}: {error}"[:300],
+                remedy="check its configuration with transformers.AutoModel.from_config",
+            ) from error
         return Source(name, model, example_inputs(model, batch), "random" if weights else "none")
 
 
@@ -130,8 +137,9 @@ def example_inputs(model: torch.nn.Module, batch: int) -> dict[str, torch.Tensor
     pixels = _pixels(vision or config, batch, model.dtype)
     if vision is None or getattr(text, "vocab_size", None) is None:
         return {"pixel_values": pixels}
-    token = next((t for t in (getattr(config, a, None) for a in ("image_token_id", "image_token_index"))
-                  if t is not None), None)
+    token = next(
+        (t for t in (getattr(config, a, None) for a in ("image_token_id", "image_token_index")) if t is not None), None
+    )
     if token is None:
         return _text(torch.full((batch, _TEXT_LENGTH), 5)) | {"pixel_values": pixels}
     image = _image_tokens(model, pixels) // batch
@@ -146,9 +154,11 @@ def _text(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def _pixels(config: Any, batch: int, dtype: torch.dtype) -> torch.Tensor:
     size = getattr(config, "image_size", None)
     if size is None:
-        raise RuleError(f"no example image is known for a '{config.model_type}' vision tower",
-                        found="its configuration states no image_size",
-                        remedy=_OWN_INPUTS)
+        raise RuleError(
+            f"no example image is known for a '{config.model_type}' vision tower",
+            found="its configuration states no image_size",
+            remedy=_OWN_INPUTS,
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return torch.zeros(batch, getattr(config, "num_channels", 3), height, width, dtype=dtype)
 
@@ -158,9 +168,11 @@ def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
     try:
         found = model.get_image_features(pixel_values=pixels)
     except Exception as error:
-        raise RuleError("the number of image tokens of this model is not known",
-                        found=f"get_image_features: {type(error).__name__}: {error}"[:300],
-                        remedy=_OWN_INPUTS) from error
+        raise RuleError(
+            "the number of image tokens of this model is not known",
+            found=f"get_image_features: {type(error).__name__}: {error}"[:300],
+            remedy=_OWN_INPUTS,
+        ) from error
     found = getattr(found, "pooler_output", found)
     parts = found if isinstance(found, (tuple, list)) else [found]
     return sum(part.shape[:-1].numel() for part in parts)
@@ -196,7 +208,10 @@ def runnable(source: Source) -> Source:
     """
     count = sum(p.numel() for p in source.model.parameters())
     if count > SMALL:
-        raise CaptureError(f"'{source.name}' does not capture as one graph", found=f"{count:,} parameters",
-                           remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)")
+        raise CaptureError(
+            f"'{source.name}' does not capture as one graph",
+            found=f"{count:,} parameters",
+            remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)",
+        )
     batch = next(iter(source.inputs.values())).shape[0]
     return from_config(source.model.config, source.name, batch, weights=True)

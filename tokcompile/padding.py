@@ -64,9 +64,12 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
         if not any(cut.takes_padding for cut in here):
             continue
         if not all(cut.takes_padding for cut in here):
-            raise CaptureError("one drop took padding before another that takes none: what is left of it is not known",
-                               where=[cut.place for cut in here], found="left padding, under rules of both kinds",
-                               remedy="choose among image tokens in all rules, or in none")
+            raise CaptureError(
+                "one drop took padding before another that takes none: what is left of it is not known",
+                where=[cut.place for cut in here],
+                found="left padding, under rules of both kinds",
+                remedy="choose among image tokens in all rules, or in none",
+            )
         key = max(cut.first for cut in here)
         if key not in made:
             made[key] = _left(editor, sites, sites.padding, block)
@@ -88,8 +91,9 @@ def _left(editor: Editor, sites: Sites, padding: Node, block: Block) -> Node:
         return editor.call(aten.to.dtype, seen, padding.meta["val"].dtype)
 
 
-def _swap(editor: Editor, sites: Sites, block: Block, left: Node, masks: dict[tuple[Node, int], Node],
-          key: int) -> None:
+def _swap(
+    editor: Editor, sites: Sites, block: Block, left: Node, masks: dict[tuple[Node, int], Node], key: int
+) -> None:
     site, padding = block.attention, sites.padding
     old = site.padding if site.padding is not None else site.mask
     if old is None or padding is None:

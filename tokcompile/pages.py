@@ -19,8 +19,12 @@ _WIDTH = 720
 
 def page(template: str, **values: Any) -> str:
     """Fill a template of `tokcompile/templates`."""
-    environment = Environment(loader=PackageLoader("tokcompile"), autoescape=select_autoescape(default=True),
-                              undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("tokcompile"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters |= {"amount": amount, "bytes": bytes_of}
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template(template).render(date=date, **values)
@@ -29,17 +33,31 @@ def page(template: str, **values: Any) -> str:
 def explanation_page(explanation: Explanation) -> str:
     """The page of `tokred explain --html`."""
     names = ", then ".join(rule.name for rule in explanation.rules)
-    return page("explain.html.j2", e=explanation, names=names, versions=explanation.versions,
-                parts=[_part(part) for part in explanation.parts])
+    return page(
+        "explain.html.j2",
+        e=explanation,
+        names=names,
+        versions=explanation.versions,
+        parts=[_part(part) for part in explanation.parts],
+    )
 
 
 def _part(part: Part) -> dict[str, Any]:
     after = part.after or part.before
-    shown = [{"name": name, "before": _size(name, old), "after": _size(name, new), "change": change(old, new)}
-             for name, old, new in totals(part)]
-    return {"before": part.before, "refused": part.refused, "cards": _cards(part), "chart": _chart(part),
-            "totals": shown, "steps": steps(part), "lines": attention_lines(part),
-            "rows": [_row(old, new) for old, new in zip(part.before.rows, after.rows, strict=True)]}
+    shown = [
+        {"name": name, "before": _size(name, old), "after": _size(name, new), "change": change(old, new)}
+        for name, old, new in totals(part)
+    ]
+    return {
+        "before": part.before,
+        "refused": part.refused,
+        "cards": _cards(part),
+        "chart": _chart(part),
+        "totals": shown,
+        "steps": steps(part),
+        "lines": attention_lines(part),
+        "rows": [_row(old, new) for old, new in zip(part.before.rows, after.rows, strict=True)],
+    }
 
 
 def _size(name: str, value: int) -> str:
@@ -53,8 +71,9 @@ def _cards(part: Part) -> list[dict[str, str]]:
     cards.append(("FLOPs in all", old.flops, new.flops, amount))
     if old.kv_bytes:
         cards.append(("KV cache", old.kv_bytes, new.kv_bytes, bytes_of))
-    return [{"title": title, "before": show(a), "after": show(b), "change": change(a, b)}
-            for title, a, b, show in cards]
+    return [
+        {"title": title, "before": show(a), "after": show(b), "change": change(a, b)} for title, a, b, show in cards
+    ]
 
 
 def _chart(part: Part) -> dict[str, Any]:
@@ -65,14 +84,29 @@ def _chart(part: Part) -> dict[str, Any]:
     for old, new in pairs:
         y += 12 if stack and stack != old.stack else 0
         stack = old.stack
-        bars.append({"name": f"{old.stack}.{old.index}", "y": y, "before": old.tokens, "after": new.tokens,
-                     "wide": round(old.tokens * scale, 1), "thin": round(new.tokens * scale, 1)})
+        bars.append(
+            {
+                "name": f"{old.stack}.{old.index}",
+                "y": y,
+                "before": old.tokens,
+                "after": new.tokens,
+                "wide": round(old.tokens * scale, 1),
+                "thin": round(new.tokens * scale, 1),
+            }
+        )
         y += _BAR
     return {"bars": bars, "height": y}
 
 
 def _row(old: Any, new: Any) -> dict[str, Any]:
     tokens = str(new.tokens) if new.tokens == old.tokens else f"{old.tokens} → {new.tokens}"
-    return {"name": f"{old.stack}.{old.index}", "path": old.path, "live": old.live, "tokens": tokens,
-            "flops": (amount(old.flops), amount(new.flops)), "change": change(old.flops, new.flops),
-            "kv": (bytes_of(old.kv_bytes), bytes_of(new.kv_bytes)), "attention": attention_word(old, new)}
+    return {
+        "name": f"{old.stack}.{old.index}",
+        "path": old.path,
+        "live": old.live,
+        "tokens": tokens,
+        "flops": (amount(old.flops), amount(new.flops)),
+        "change": change(old.flops, new.flops),
+        "kv": (bytes_of(old.kv_bytes), bytes_of(new.kv_bytes)),
+        "attention": attention_word(old, new),
+    }

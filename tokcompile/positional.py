@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 tokred = torch.ops.tokred
 _ORDERED = {aten.flip.default: 1, aten.roll.default: 2}
-_BY_INDEX = {aten.gather.default, aten.argmax.default, aten.argmin.default, aten.unbind.int, aten.scatter.src,
-             aten.scatter.value, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}
+_BY_INDEX = {
+    aten.gather.default,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.unbind.int,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+}
 _TRIANGLES = {aten.triu.default, aten.tril.default}
 
 
@@ -76,9 +84,12 @@ def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> No
     else:
         return
     if used & set(spots):
-        raise EditError("the model picks tokens by their number after the place of the edit", where=[place(node)],
-                        found=f"'{node.target}' on the token dimension of {tuple(value.meta['val'].shape)}",
-                        remedy="drop tokens further down, or where no later value is picked by number")
+        raise EditError(
+            "the model picks tokens by their number after the place of the edit",
+            where=[place(node)],
+            found=f"'{node.target}' on the token dimension of {tuple(value.meta['val'].shape)}",
+            remedy="drop tokens further down, or where no later value is picked by number",
+        )
 
 
 def _select(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
@@ -111,9 +122,12 @@ def _short_slice(transport: Transport, node: Node, token_map: TokenMap, start: i
     """A fixed number of tokens at one end: they must all have stayed."""
     taken = abs(start if start < 0 else end or 0)
     if isinstance(token_map.new, int) and taken > token_map.new:
-        raise EditError("the model takes more tokens from one end than the edit leaves", where=[place(node)],
-                        found=f"{taken} of {token_map.new} tokens, as a sliding window's cache does",
-                        remedy="keep more tokens, or call the model with use_cache=False")
+        raise EditError(
+            "the model takes more tokens from one end than the edit leaves",
+            where=[place(node)],
+            found=f"{taken} of {token_map.new} tokens, as a sliding window's cache does",
+            remedy="keep more tokens, or call the model with use_cache=False",
+        )
     if start < 0 and end is None:
         _require_kept(transport, node, token_map, start, MAX)
     elif start >= 0 and end is not None and end > 0:
@@ -123,8 +137,9 @@ def _short_slice(transport: Transport, node: Node, token_map: TokenMap, start: i
     return replace(token_map, axis=())
 
 
-def _long_slice(transport: Transport, node: Node, token_map: TokenMap, where: int, start: int,
-                end: int | None) -> TokenMap:
+def _long_slice(
+    transport: Transport, node: Node, token_map: TokenMap, where: int, start: int, end: int | None
+) -> TokenMap:
     """All tokens but a fixed number at the ends: those must have stayed, and the rest follows the map."""
     editor = transport.editor
     if start:
@@ -137,8 +152,14 @@ def _long_slice(transport: Transport, node: Node, token_map: TokenMap, where: in
     if start:
         source_ = editor.call(aten.sub.Tensor, source_, start)
     keep = editor.call(aten.slice.Tensor, token_map.keep, 1, start, stop)
-    made = replace(token_map, axis=transport.of(node)[where], source=source_, keep=keep,
-                   old=editor.arithmetic(sub, token_map.old, gone), new=editor.arithmetic(sub, token_map.new, gone))
+    made = replace(
+        token_map,
+        axis=transport.of(node)[where],
+        source=source_,
+        keep=keep,
+        old=editor.arithmetic(sub, token_map.old, gone),
+        new=editor.arithmetic(sub, token_map.new, gone),
+    )
     editor.set_args(node, [node.args[0], node.args[1], start, stop])
     node.meta["val"] = editor.evaluate(node)
     return made
@@ -146,8 +167,11 @@ def _long_slice(transport: Transport, node: Node, token_map: TokenMap, where: in
 
 def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int) -> None:
     part = transport.editor.call(aten.slice.Tensor, token_map.keep, 1, start, end)
-    transport.editor.require(part, f"a dropped token is read by its place in {place(node)}: keep it, as a select step "
-                                   "`by: protect` does for the first and the last")
+    transport.editor.require(
+        part,
+        f"a dropped token is read by its place in {place(node)}: keep it, as a select step "
+        "`by: protect` does for the first and the last",
+    )
 
 
 def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
@@ -157,13 +181,16 @@ def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> 
     parts = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
     dims = [transport.of(v)[where] for v in parts]
     axis = resolve(token_map.axis)
-    if len(parts) == 1 or resolve(transport.of(node)[where])[-len(axis):] == axis:
+    if len(parts) == 1 or resolve(transport.of(node)[where])[-len(axis) :] == axis:
         return None  # rows stacked, each with the same axis: the axis itself goes through
     if sum(d == axis for d in dims) != 1:
         raise EditError("tokens are joined with others of the same sequence", where=[place(node)])
-    raise EditError("edited tokens are joined with others after the place of the edit", where=[place(node)],
-                    found="a non-empty KV cache, or tokens that the model adds",
-                    remedy="prune in the first prefill of a conversation, or edit after the join")
+    raise EditError(
+        "edited tokens are joined with others after the place of the edit",
+        where=[place(node)],
+        found="a non-empty KV cache, or tokens that the model adds",
+        remedy="prune in the first prefill of a conversation, or edit after the join",
+    )
 
 
 def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
@@ -203,8 +230,12 @@ def images_per_row(features: Node, sequence: Node) -> int:
     """
     images, rows = (hint(n.meta["val"].shape[0]) for n in (features, sequence))
     if images % rows:
-        raise EditError("images do not divide evenly among batch rows", where=[place(sequence)],
-                        found=f"{images} images in {rows} rows", remedy="batch rows with equally many images")
+        raise EditError(
+            "images do not divide evenly among batch rows",
+            where=[place(sequence)],
+            found=f"{images} images in {rows} rows",
+            remedy="batch rows with equally many images",
+        )
     return images // rows
 
 

@@ -63,8 +63,13 @@ def renumber(transport: Transport, value: Node, positions: Node, token_map: Toke
     return recompute(transport.editor, value, positions, done, lambda n: repaired_args(transport, n, token_map))
 
 
-def recompute(editor: Editor, value: Node, positions: Node, done: dict[Node, Node],
-              args_of: Callable[[Node], list[Any]] = lambda n: list(n.args)) -> Node:
+def recompute(
+    editor: Editor,
+    value: Node,
+    positions: Node,
+    done: dict[Node, Node],
+    args_of: Callable[[Node], list[Any]] = lambda n: list(n.args),
+) -> Node:
     """Compute a value again from new positions.
 
     Args:

@@ -44,7 +44,7 @@ def record(program: Program, recording: Recording) -> Callable[[Callable[..., An
     def wrap(compiled: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Sequence[Any]:
             results = list(compiled(*args))
-            recording.maps.update(zip(maps, (r.detach().clone() for r in results[len(own):]), strict=True))
+            recording.maps.update(zip(maps, (r.detach().clone() for r in results[len(own) :]), strict=True))
             return tuple(results[: len(own)])
 
         return run
@@ -62,8 +62,11 @@ def replay(program: Program, recording: Recording) -> None:
         held = recording.maps.get(name)
         shape = tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
         if held is None or tuple(held.shape) != shape:
-            raise EditError(f"no recorded selection fits '{name}'", found=str(recording),
-                            remedy="record with the same rule, options and input shapes")
+            raise EditError(
+                f"no recorded selection fits '{name}'",
+                found=str(recording),
+                remedy="record with the same rule, options and input shapes",
+            )
         attribute = f"_replayed_{len(program.gm._buffers)}"
         program.gm.register_buffer(attribute, held)
         with program.graph.inserting_before(node):

@@ -120,16 +120,22 @@ class Explanation:
             return ""
         seen = sum(bool(part.before.rows) for part in self.parts)
         done = sum(part.after is not None for part in self.parts)
-        return (f"The model came in {len(self.parts)} graphs, of which {seen} hold transformer blocks. A rule sees one "
-                f"graph at a time: it could be applied to {done} of them. What lies between the graphs ran as Python "
-                "and is not counted.")
+        return (
+            f"The model came in {len(self.parts)} graphs, of which {seen} hold transformer blocks. A rule sees one "
+            f"graph at a time: it could be applied to {done} of them. What lies between the graphs ran as Python "
+            "and is not counted."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, for JSON."""
         return {
-            "model": self.model, "inputs": self.inputs, "graphs": len(self.parts), "note": self.note,
+            "model": self.model,
+            "inputs": self.inputs,
+            "graphs": len(self.parts),
+            "note": self.note,
             "rules": [{"rule": r.name, **{k: plain(v) for k, v in r.params.items()}} for r in self.rules],
-            "capture_milliseconds": self.capture_milliseconds, "versions": self.versions,
+            "capture_milliseconds": self.capture_milliseconds,
+            "versions": self.versions,
             "parts": [_part_data(part) for part in self.parts],
         }
 
@@ -146,8 +152,13 @@ class Explanation:
         return explanation_page(self)
 
 
-def explain(model: torch.nn.Module, inputs: Mapping[str, Any], rules: Sequence[RuleInstance],
-            dynamic: bool | None = None, name: str = "") -> Explanation:
+def explain(
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    rules: Sequence[RuleInstance],
+    dynamic: bool | None = None,
+    name: str = "",
+) -> Explanation:
     """Measure a model before and after rules, without running it after.
 
     Args:
@@ -164,8 +175,9 @@ def explain(model: torch.nn.Module, inputs: Mapping[str, Any], rules: Sequence[R
     programs = capture(model, inputs, dynamic=dynamic)
     captured = (time.perf_counter() - start) * 1e3
     shapes = {key: list(value.shape) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-    return Explanation(name or type(model).__name__, list(rules), explain_captured(programs, rules), shapes, captured,
-                       versions())
+    return Explanation(
+        name or type(model).__name__, list(rules), explain_captured(programs, rules), shapes, captured, versions()
+    )
 
 
 def explain_captured(programs: Sequence[Program], rules: Sequence[RuleInstance]) -> list[Part]:
@@ -177,8 +189,12 @@ def versions() -> dict[str, str]:
     """Versions that a report was made with."""
     import tokcompile
 
-    return {"tokcompile": tokcompile.__version__, "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "tokcompile": tokcompile.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _explain_one(program: Program, rules: Sequence[RuleInstance], whole: bool) -> Part:
@@ -199,8 +215,9 @@ def _explain_one(program: Program, rules: Sequence[RuleInstance], whole: bool) -
     return part
 
 
-def measure(program: Program, now: Sites, blocks: list[tuple[str, int, Block]], first: Sites,
-            counter: Counter) -> Measure:
+def measure(
+    program: Program, now: Sites, blocks: list[tuple[str, int, Block]], first: Sites, counter: Counter
+) -> Measure:
     """Measure a program.
 
     Args:
@@ -222,8 +239,9 @@ def measure(program: Program, now: Sites, blocks: list[tuple[str, int, Block]], 
             flops[block] += cost[node].flops
     rows = tuple(_row(*blocks[i], flops[i], now, live) for i in range(len(blocks)))
     sizes = {_matrix_size(site) for site in now.attentions}
-    found = [{"node": n.name, "shape": list(s)} for n in section for s in _matrices(n, cost[n].matrices)
-             if s[-2:] in sizes]
+    found = [
+        {"node": n.name, "shape": list(s)} for n in section for s in _matrices(n, cost[n].matrices) if s[-2:] in sizes
+    ]
     found.sort(key=lambda each: each["node"])
     count = sum(n.op == "call_function" for n in live)
     return Measure(rows, totals, count, tuple(found), tuple(sorted(counter.unknown)))
@@ -263,8 +281,9 @@ def _bytes(node: Node) -> int:
     return count
 
 
-def _sections(program: Program, blocks: list[tuple[str, int, Block]], sites: Sites,
-              live: set[Node]) -> dict[Node, int | str]:
+def _sections(
+    program: Program, blocks: list[tuple[str, int, Block]], sites: Sites, live: set[Node]
+) -> dict[Node, int | str]:
     """For each live call: the number of its block, or the name of a section."""
     reach = Reach(program.graph)
     spans = [(i, b.input, b.output) for i, (_, _, b) in enumerate(blocks) if {b.input, b.output} <= reach.order.keys()]
@@ -276,8 +295,10 @@ def _sections(program: Program, blocks: list[tuple[str, int, Block]], sites: Sit
         if "tokred" in (node.meta.get("custom") or {}):
             out[node] = "rule"
             continue
-        inside = next((i for i, start, end in spans
-                       if node is not start and reach.above(start, node) and reach.above(node, end)), None)
+        inside = next(
+            (i for i, start, end in spans if node is not start and reach.above(start, node) and reach.above(node, end)),
+            None,
+        )
         out[node] = inside if inside is not None else _outside(node, sites, vision, reach)
     return out
 
@@ -298,9 +319,11 @@ def _outside(node: Node, sites: Sites, vision: list[Block], reach: Reach) -> str
 
 def _part_data(part: Part) -> dict[str, Any]:
     return {
-        "before": _measure_data(part.before), "after": _measure_data(part.after) if part.after else None,
+        "before": _measure_data(part.before),
+        "after": _measure_data(part.after) if part.after else None,
         "applied": [{**asdict(a), "counts": dict(a.counts)} for a in part.applied],
-        "milliseconds": part.milliseconds, "refused": part.refused,
+        "milliseconds": part.milliseconds,
+        "refused": part.refused,
     }
 
 

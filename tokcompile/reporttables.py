@@ -18,8 +18,11 @@ def render(explanation: Explanation, plain: bool) -> RenderableType:
     rules = ", then ".join(map(repr, explanation.rules))
     graphs = "one graph" if explanation.whole else f"{len(explanation.parts)} graphs"
     made = ", ".join(f"{name} {version}" for name, version in explanation.versions.items())
-    head = [Text(f"{explanation.model}: {rules}", style="bold"), Text(f"inputs {shapes}"),
-            Text(f"captured as {graphs} in {explanation.capture_milliseconds:.0f} ms; {made}")]
+    head = [
+        Text(f"{explanation.model}: {rules}", style="bold"),
+        Text(f"inputs {shapes}"),
+        Text(f"captured as {graphs} in {explanation.capture_milliseconds:.0f} ms; {made}"),
+    ]
     if explanation.note:
         head.append(Text(explanation.note, style="yellow"))
     body: list[RenderableType] = []
@@ -32,8 +35,15 @@ def render(explanation: Explanation, plain: bool) -> RenderableType:
 def _part(part: Part, plain: bool) -> list[RenderableType]:
     if part.refused:
         return [_blocks(part, plain), Text(f"no rule was applied: {part.refused}", style="yellow")]
-    return [_blocks(part, plain), Text(), _totals(part, plain), Text(), _steps(part, plain), Text(),
-            *map(Text, attention_lines(part))]
+    return [
+        _blocks(part, plain),
+        Text(),
+        _totals(part, plain),
+        Text(),
+        _steps(part, plain),
+        Text(),
+        *map(Text, attention_lines(part)),
+    ]
 
 
 def _blocks(part: Part, plain: bool) -> RenderableType:
@@ -43,9 +53,18 @@ def _blocks(part: Part, plain: bool) -> RenderableType:
         if not old.live:
             result.add_row(f"{old.stack}.{old.index}", "–", "", "", "–", "", "", "", "", "no output reads it")
             continue
-        result.add_row(f"{old.stack}.{old.index}", str(old.tokens), str(new.tokens), change(old.tokens, new.tokens),
-                       amount(old.flops), amount(new.flops), change(old.flops, new.flops),
-                       bytes_of(old.kv_bytes), bytes_of(new.kv_bytes), attention_word(old, new))
+        result.add_row(
+            f"{old.stack}.{old.index}",
+            str(old.tokens),
+            str(new.tokens),
+            change(old.tokens, new.tokens),
+            amount(old.flops),
+            amount(new.flops),
+            change(old.flops, new.flops),
+            bytes_of(old.kv_bytes),
+            bytes_of(new.kv_bytes),
+            attention_word(old, new),
+        )
     return result
 
 
@@ -67,8 +86,9 @@ def _totals(part: Part, plain: bool) -> RenderableType:
 def totals(part: Part) -> list[tuple[str, int, int]]:
     """Name, before and after of each section that costs something, of all, and of the cache."""
     old, new = part.before, part.after or part.before
-    rows = [(_title(name), old.totals[name], new.totals[name]) for name in SECTIONS
-            if old.totals[name] or new.totals[name]]
+    rows = [
+        (_title(name), old.totals[name], new.totals[name]) for name in SECTIONS if old.totals[name] or new.totals[name]
+    ]
     return [*rows, ("FLOPs in all", old.flops, new.flops), ("KV cache", old.kv_bytes, new.kv_bytes)]
 
 
@@ -105,8 +125,10 @@ def attention_lines(part: Part) -> list[str]:
     lines = [f"attention: {kept} of {sum(old.fused for old, _ in live)} fused calls stay fused"]
     lines.append(matrices_line(part.before, after))
     lines += [f"cost not known, counted as 0: {name}" for name in after.unknown]
-    lines.append(f"graph: {part.before.nodes} calls before, {after.nodes} after, rewritten and verified in "
-                 f"{part.milliseconds:.0f} ms")
+    lines.append(
+        f"graph: {part.before.nodes} calls before, {after.nodes} after, rewritten and verified in "
+        f"{part.milliseconds:.0f} ms"
+    )
     return lines
 
 

@@ -23,7 +23,7 @@ _SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 def contains(dim: Dim, axis: Dim) -> bool:
     """Whether the atoms of an axis stand side by side in a dimension."""
     width = len(axis)
-    return width > 0 and any(dim[i: i + width] == axis for i in range(len(dim) - width + 1))
+    return width > 0 and any(dim[i : i + width] == axis for i in range(len(dim) - width + 1))
 
 
 def repair(transport: Transport, node: Node, token_map: TokenMap) -> None:
@@ -44,7 +44,7 @@ def repaired_args(transport: Transport, node: Node, token_map: TokenMap) -> list
         args[spot] = _repaired_sizes(transport, node, list(args[spot]), token_map)
     elif node.target is aten.unflatten.int:
         start = args[1] % len(transport.of(args[0]))
-        dims = transport.of(node)[start: start + len(args[2])]
+        dims = transport.of(node)[start : start + len(args[2])]
         args[2] = _sizes_for(transport, node, dims, list(args[2]), token_map)
     elif node.target in _SPLITS and _splits_rows(transport, node, token_map):
         args[1] = [token_map.new for _ in args[1]] if isinstance(args[1], (list, tuple)) else token_map.new
@@ -58,8 +58,10 @@ def _repaired_sizes(transport: Transport, node: Node, sizes: list[Any], token_ma
 
 def _sizes_for(transport: Transport, node: Node, dims: list[Dim], sizes: list[Any], token_map: TokenMap) -> list[Any]:
     axis = resolve(token_map.axis)
-    return [_new_size(transport, node, dim, token_map) if contains(dim, axis) and size != -1 else size
-            for dim, size in zip(dims, sizes, strict=True)]
+    return [
+        _new_size(transport, node, dim, token_map) if contains(dim, axis) and size != -1 else size
+        for dim, size in zip(dims, sizes, strict=True)
+    ]
 
 
 def _new_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -> Length:
@@ -70,15 +72,18 @@ def _new_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -
     elif others == resolve(token_map.rows):
         lengths = [transport.editor.size(token_map.source, 0)]
     else:
-        raise EditError("a shape mixes the token axis with a symbolic size that an edit cannot name",
-                        where=[place(node)], found=f"dimension {dim}")
+        raise EditError(
+            "a shape mixes the token axis with a symbolic size that an edit cannot name",
+            where=[place(node)],
+            found=f"dimension {dim}",
+        )
     with transport.editor.before(node):
         return transport.editor.arithmetic(lambda a, b: a * b, token_map.new, lengths[0])
 
 
 def _splits_rows(transport: Transport, node: Node, token_map: TokenMap) -> bool:
     """Whether a split takes flattened rows apart into one piece of tokens each."""
-    where = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))
+    where = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     dim = transport.of(node.args[0])[where]
     axis = resolve(token_map.axis)
     return contains(dim, axis) and dim != axis
@@ -91,9 +96,12 @@ def _check_whole(transport: Transport, node: Node, token_map: TokenMap) -> None:
         return
     for dim in transport.of(node):
         if any(a in dim for a in axis) and not contains(dim, axis):
-            raise EditError("the model takes the token axis apart after the place of the edit", where=[place(node)],
-                            found=f"the grid of {' x '.join(str(a.size) for a in axis)} patches",
-                            remedy="edit further down, where tokens are a plain sequence")
+            raise EditError(
+                "the model takes the token axis apart after the place of the edit",
+                where=[place(node)],
+                found=f"the grid of {' x '.join(str(a.size) for a in axis)} patches",
+                remedy="edit further down, where tokens are a plain sequence",
+            )
 
 
 def _new_value(transport: Transport, node: Node, token_map: TokenMap) -> Any:
@@ -130,6 +138,7 @@ def _empty(transport: Transport, shape: Any, strides: Any, dtype: torch.dtype, d
 
 def _dense_strides(shape: list[Any], old: list[Any]) -> list[Any]:
     """Strides of a dense tensor whose dimensions lie in memory in the same order as before; broadcast ones stay 0."""
+
     def rank(i: int) -> tuple[int, int]:
         return (old[i] if isinstance(old[i], int) else 2**60, -i)
 

@@ -22,13 +22,20 @@ def sites_data(name: str, programs: Sequence[Program]) -> dict[str, Any]:
 
 def _graph(program: Program) -> dict[str, Any]:
     sites = find_sites(program)
-    single = {"projector": _flow(sites.projector), "splice": _splice(sites), "embedding": _node(sites.embedding),
-              "head": _node(sites.head), "padding mask": _node(sites.padding)}
+    single = {
+        "projector": _flow(sites.projector),
+        "splice": _splice(sites),
+        "embedding": _node(sites.embedding),
+        "head": _node(sites.head),
+        "padding mask": _node(sites.padding),
+    }
     return {
-        "calls": sum(n.op == "call_function" for n in program.graph.nodes), "phase": sites.phase,
+        "calls": sum(n.op == "call_function" for n in program.graph.nodes),
+        "phase": sites.phase,
         "stacks": [_stack(name, stack, sites) for name, stack in sites.stacks.items()],
         "sites": {key: value for key, value in single.items() if value is not None},
-        "attention_without_a_stack": len(sites.loose), "addresses": addresses(sites),
+        "attention_without_a_stack": len(sites.loose),
+        "addresses": addresses(sites),
     }
 
 
@@ -39,11 +46,18 @@ def _stack(name: str, stack: Stack, sites: Sites) -> dict[str, Any]:
     # Written-out attention may hand over keys that were repeated for each query head: the cache knows better.
     cached = [sites.caches[b] for b in stack.blocks if b in sites.caches]
     return {
-        "stack": name, "blocks": len(stack.blocks), "features": stack.features, "path": _path(stack.blocks),
-        "tokens": _shape(first.input)[1], "width": _shape(first.input)[-1], "heads": query[1],
-        "kv_heads": _shape(cached[0].key)[1] if cached else key[1], "head_size": query[-1],
+        "stack": name,
+        "blocks": len(stack.blocks),
+        "features": stack.features,
+        "path": _path(stack.blocks),
+        "tokens": _shape(first.input)[1],
+        "width": _shape(first.input)[-1],
+        "heads": query[1],
+        "kv_heads": _shape(cached[0].key)[1] if cached else key[1],
+        "head_size": query[-1],
         "positions": [f"rotary from '{r.positions.name}' {_shape(r.positions)}" for r in rotary],
-        "attention": _attention(stack.blocks), "caches": len(cached),
+        "attention": _attention(stack.blocks),
+        "caches": len(cached),
         "cache_shape": _shape(cached[0].key) if cached else None,
     }
 
@@ -100,8 +114,9 @@ def render_sites(data: dict[str, Any], plain: bool) -> RenderableType:
 
 
 def _stacks(graph: dict[str, Any], plain: bool) -> RenderableType:
-    result = table("stack", "blocks", "tokens", "width", "heads", "size", "positions", "attention", "caches", "module",
-                   plain=plain)
+    result = table(
+        "stack", "blocks", "tokens", "width", "heads", "size", "positions", "attention", "caches", "module", plain=plain
+    )
     for stack in graph["stacks"]:
         unused = stack["blocks"] - 1 - stack["features"]
         blocks = f"{stack['blocks']}" + (f" (output from {stack['features']})" if unused else "")

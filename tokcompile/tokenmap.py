@@ -87,16 +87,22 @@ class Transport:
         """
         spots = self.where(cut, token_map.axis)
         if len(spots) != 1:
-            raise EditError("the place of the edit does not hold the token axis once", where=[place(cut)],
-                            found=f"{product(token_map.axis)} tokens in a value {tuple(cut.meta['val'].shape)}")
+            raise EditError(
+                "the place of the edit does not hold the token axis once",
+                where=[place(cut)],
+                found=f"{product(token_map.axis)} tokens in a value {tuple(cut.meta['val'].shape)}",
+            )
         users = [u for u in cut.users if u not in self.editor.made]
         with self.editor.after([cut, token_map.source]):
             content, _, _ = self.move_dim(cut, token_map, spots[0])
         early = [u for u in users if u._sort_key < content._sort_key]
         if early:
-            raise EditError("tokens would be dropped before they are chosen", where=[place(early[0])],
-                            found="the scores are computed after the place of the drop",
-                            remedy="drop later, or score earlier")
+            raise EditError(
+                "tokens would be dropped before they are chosen",
+                where=[place(early[0])],
+                found="the scores are computed after the place of the drop",
+                remedy="drop later, or score earlier",
+            )
         for user in users:
             self.editor.swap_input(user, cut, content)
         self.mark(content, token_map, self.axes.of(cut))
@@ -111,9 +117,12 @@ class Transport:
 
     def _walk(self, start: Node) -> None:
         order = list(self.editor.program.graph.nodes)
-        for node in order[order.index(start) + 1:]:
-            if node.op != "output" and node not in self.editor.made and any(
-                    a in self.edited for a in node.all_input_nodes):
+        for node in order[order.index(start) + 1 :]:
+            if (
+                node.op != "output"
+                and node not in self.editor.made
+                and any(a in self.edited for a in node.all_input_nodes)
+            ):
                 self._visit(node)
 
     def _visit(self, node: Node) -> None:
@@ -121,8 +130,11 @@ class Transport:
             self._old_size(node)
             return
         if node in self.axes.unknown:
-            raise EditError(f"no axis rule for '{node.target}', which the edit reaches", where=[place(node)],
-                            remedy="add a rule for it to tokcompile/axes/rules.py")
+            raise EditError(
+                f"no axis rule for '{node.target}', which the edit reaches",
+                where=[place(node)],
+                remedy="add a rule for it to tokcompile/axes/rules.py",
+            )
         if positional.makes_values(node):  # reads only the dtype of its input
             return
         for token_map in dict.fromkeys(m for a in node.all_input_nodes for m in self.edited.get(a, [])):
@@ -175,12 +187,18 @@ class Transport:
         result = self.of(user)
         at = next((i for i, dim in enumerate(result) if dim == rows), None)
         if at is None or not broadcasts(user):
-            raise EditError("a value that rows share cannot be gathered row by row", where=[place(user)],
-                            found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no batch dimension")
+            raise EditError(
+                "a value that rows share cannot be gathered row by row",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no batch dimension",
+            )
         index = at - (len(result) - len(dims))
         if index >= 0 and dims[index]:
-            raise EditError("a value that rows share cannot be gathered row by row", where=[place(user)],
-                            found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no place for a batch dimension")
+            raise EditError(
+                "a value that rows share cannot be gathered row by row",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)} has no place for a batch dimension",
+            )
         return max(-index, 0), max(index, 0)
 
     def _brought(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
@@ -214,8 +232,11 @@ class Transport:
             moved = self.editor.call(aten.unsqueeze.default, moved, 0)
         for spot in spots:
             if self.of(value)[spot] != resolve(token_map.axis):
-                raise EditError("the token axis is flattened with another in a way that an edit cannot follow",
-                                where=[place(value)], found=f"dimension {spot} of {tuple(value.meta['val'].shape)}")
+                raise EditError(
+                    "the token axis is flattened with another in a way that an edit cannot follow",
+                    where=[place(value)],
+                    found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
+                )
             moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot + lead, batch)
         return moved
 
@@ -224,14 +245,23 @@ class Transport:
         made = renumber(self, value, positions, token_map)
         lead, batch = aligned
         fits = made.meta["val"].ndim == value.meta["val"].ndim and not lead
-        if batch >= 0 and not (fits and same(size_of(made.meta["val"].shape[batch]),
-                                             size_of(token_map.source.meta["val"].shape[0]))):
-            raise EditError("a position table that rows share cannot be renumbered row by row", where=[place(value)],
-                            found=f"{tuple(made.meta['val'].shape)} from {tuple(value.meta['val'].shape)}")
+        if batch >= 0 and not (
+            fits and same(size_of(made.meta["val"].shape[batch]), size_of(token_map.source.meta["val"].shape[0]))
+        ):
+            raise EditError(
+                "a position table that rows share cannot be renumbered row by row",
+                where=[place(value)],
+                found=f"{tuple(made.meta['val'].shape)} from {tuple(value.meta['val'].shape)}",
+            )
         return made
 
-    def move_dim(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim] | None = None,
-                 ) -> tuple[Node, int, int]:
+    def move_dim(
+        self,
+        value: Node,
+        token_map: TokenMap,
+        spot: int,
+        dims: list[Dim] | None = None,
+    ) -> tuple[Node, int, int]:
         """Gather one dimension of a value by the map.
 
         Returns:
@@ -259,18 +289,24 @@ class Transport:
         if free and free[0] == 0:
             return 0
         if dims[0] and spot != 0:
-            raise EditError("a value cannot be gathered row by row", where=[place(value)],
-                            found=f"{tuple(value.meta['val'].shape)} has no batch dimension in front of its tokens")
+            raise EditError(
+                "a value cannot be gathered row by row",
+                where=[place(value)],
+                found=f"{tuple(value.meta['val'].shape)} has no batch dimension in front of its tokens",
+            )
         return -1
 
     def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dim: Dim) -> Node:
         """Gather a dimension that flattens batch rows and tokens together."""
         axis, rows = resolve(token_map.axis), resolve(token_map.rows)
         if dim != (*rows, *axis):
-            raise EditError("the token axis is flattened with another in a way that an edit cannot follow",
-                            where=[place(value)], found=f"dimension {spot} of {tuple(value.meta['val'].shape)}")
+            raise EditError(
+                "the token axis is flattened with another in a way that an edit cannot follow",
+                where=[place(value)],
+                found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
+            )
         shape: list[Any] = [self.editor.size(value, i) for i in range(value.meta["val"].ndim)]
-        apart = self.editor.call(aten.reshape.default, value, [*shape[:spot], -1, token_map.old, *shape[spot + 1:]])
+        apart = self.editor.call(aten.reshape.default, value, [*shape[:spot], -1, token_map.old, *shape[spot + 1 :]])
         picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, spot + 1, spot)
         return self.editor.call(aten.flatten.using_ints, picked, spot, spot + 1)
 

@@ -35,10 +35,14 @@ class _Shapes(Interpreter):
 
 def _compare(node: Node, result: torch.Tensor, expected: torch.Tensor) -> None:
     alike = len(result.shape) == len(expected.shape) and all(
-        same(size_of(a), size_of(b)) for a, b in zip(result.shape, expected.shape, strict=True))
+        same(size_of(a), size_of(b)) for a, b in zip(result.shape, expected.shape, strict=True)
+    )
     if not alike or result.dtype != expected.dtype:
-        raise EditError("the rewritten graph has another shape than the edit says", where=[place(node)],
-                        found=f"{tuple(result.shape)} {result.dtype}, not {tuple(expected.shape)} {expected.dtype}")
+        raise EditError(
+            "the rewritten graph has another shape than the edit says",
+            where=[place(node)],
+            found=f"{tuple(result.shape)} {result.dtype}, not {tuple(expected.shape)} {expected.dtype}",
+        )
 
 
 def verify(program: Program) -> None:

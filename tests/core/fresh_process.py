@@ -15,10 +15,23 @@ torch.set_grad_enabled(False)
 
 def build() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              image_size=336, patch_size=14)
-    text = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-                       num_key_value_heads=4, vocab_size=256, max_position_embeddings=1024)
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=256,
+        max_position_embeddings=1024,
+    )
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE))
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -30,8 +43,11 @@ def inputs() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     words = torch.randint(10, 256, (1, 12), generator=random)
     ids = torch.cat([torch.tensor([[1]]), torch.full((1, 576), IMAGE), words], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.randn(1, 3, 336, 336, generator=random)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 336, 336, generator=random),
+    }
 
 
 def kept_by_hand(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> tuple[list[int], torch.Tensor]:
@@ -55,8 +71,14 @@ def generate_by_hand(model: LlavaForConditionalGeneration, given: dict[str, torc
     words = model.get_input_embeddings()(given["input_ids"])
     reduced = torch.cat([words[:, :1], rows, words[:, 577:]], 1)
     mask = torch.ones(reduced.shape[:2], dtype=torch.long)
-    return model.generate(inputs_embeds=reduced, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
-                          pad_token_id=0, eos_token_id=None)
+    return model.generate(
+        inputs_embeds=reduced,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
 
 
 def main() -> None:

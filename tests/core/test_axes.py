@@ -96,10 +96,16 @@ def test_a_symbol_gives_way_to_the_size_that_it_is_aligned_with() -> None:
     assert unify(left, right) and product(left) == 6
 
 
-@pytest.mark.parametrize(("left", "right", "ratio"), [
-    (12, 4, 3), (12, 5, None), (sympy.Symbol("s") * 4, 4, sympy.Symbol("s")), (sympy.Symbol("s"), 2, None),
-    (sympy.Symbol("s") * 4, sympy.Symbol("s"), 4),
-])
+@pytest.mark.parametrize(
+    ("left", "right", "ratio"),
+    [
+        (12, 4, 3),
+        (12, 5, None),
+        (sympy.Symbol("s") * 4, 4, sympy.Symbol("s")),
+        (sympy.Symbol("s"), 2, None),
+        (sympy.Symbol("s") * 4, sympy.Symbol("s"), 4),
+    ],
+)
 def test_sizes_divide_only_when_whole(left: Any, right: Any, ratio: Any) -> None:
     assert divide(left, right) == ratio
     assert ratio is None or same(ratio * right, left)
@@ -154,56 +160,67 @@ def _word(dim: tuple[Atom, ...], letters: dict[Atom, str]) -> str:
     return word if len(word) == 1 else f"({word})"
 
 
-@pytest.mark.parametrize(("function", "inputs", "expected"), [
-    pytest.param(lambda x, y: x + y, "btc tc", "b t c", id="pointwise-broadcasts-from-the-right"),
-    pytest.param(lambda x, y: (x + y, y.exp()), "bt ut", "b t, b t", id="pointwise-aligns"),
-    pytest.param(lambda x, w: F.linear(x, w), "btc kc", "b t k", id="linear"),
-    pytest.param(lambda b, x, w: torch.addmm(b, x, w), "k tc ck", "t k", id="addmm"),
-    pytest.param(lambda x, y: x @ y, "bhtc bhcs", "b h t s", id="matmul"),
-    pytest.param(lambda x, y: x @ y, "btc ck", "b t k", id="matmul-broadcasts"),
-    pytest.param(lambda x, y: x @ y, "btc c", "b t", id="matrix-vector"),
-    pytest.param(lambda x, y: torch.bmm(x, y), "btc bck", "b t k", id="bmm"),
-    pytest.param(lambda x: x.transpose(1, 2), "btc", "b c t", id="transpose"),
-    pytest.param(lambda x: x.t(), "tc", "c t", id="t"),
-    pytest.param(lambda x: x.mT, "btc", "b c t", id="mT"),
-    pytest.param(lambda x: x.permute(2, 0, 1), "btc", "c b t", id="permute"),
-    pytest.param(lambda x: x.unsqueeze(-1), "bt", "b t ()", id="unsqueeze"),
-    pytest.param(lambda x: x.unsqueeze(0).squeeze(), "bt", "b t", id="squeeze"),
-    pytest.param(lambda x: x.view(N * N, N), "btc", "(bt) c", id="view-merges"),
-    pytest.param(lambda x: x.flatten(0, 1).unflatten(0, (N, N)), "btc", "b t c", id="unflatten-splits"),
-    pytest.param(lambda x: x.transpose(0, 1).reshape(N * N, N), "btc", "(tb) c", id="reshape-follows-the-order"),
-    pytest.param(lambda x: x[:, 0], "btc", "b c", id="select"),
-    pytest.param(lambda x: x[:, -1:], "btc", "b () c", id="slice-of-one"),
-    pytest.param(lambda x: x[:, 1:], "btc", "b . c", id="slice-is-another-axis"),
-    pytest.param(lambda x, y: torch.cat([x, y], 1)[:, N:], "btc bsc", "b s c", id="slice-of-a-segment"),
-    pytest.param(lambda x, y: torch.cat([x, y], 1), "btc bsc", "b . c", id="cat"),
-    pytest.param(lambda x: torch.cat([x, x]), "tc", "(.t) c", id="cat-of-alike-is-a-count-and-the-axis"),
-    pytest.param(lambda x: torch.cat([torch.ones(0), x]), "t", "t", id="cat-with-nothing"),
-    pytest.param(lambda x, y: torch.stack([x, y], 1), "bt bt", "b . t", id="stack"),
-    pytest.param(lambda x, y: torch.cat([x, y], 1).split([N, N], 1), "bt bs", "b t, b s", id="split"),
-    pytest.param(lambda x: torch.stack([x, x]).unbind(0), "bt", "b t, b t", id="unbind"),
-    pytest.param(lambda x: x.chunk(2, 0), "tc", ". c, . c", id="chunk"),
-    pytest.param(lambda x: x[:, None].expand(N, N, N), "tc", "t . c", id="expand"),
-    pytest.param(lambda x: x.sum(1), "btc", "b c", id="sum"),
-    pytest.param(lambda x: x.mean(-1, keepdim=True), "btc", "b t ()", id="mean-keeps"),
-    pytest.param(lambda x: x.amax((0, 2)), "btc", "t", id="amax-of-several"),
-    pytest.param(lambda x: x.argmax(-1), "btc", "b t", id="argmax"),
-    pytest.param(lambda x: (x > 0).any(-1), "bt", "b", id="any"),
-    pytest.param(lambda i, w: F.embedding(i.long(), w), "bt vc", "b t c", id="embedding"),
-    pytest.param(lambda x, i: x[i.long()], "tc bs", "b s c", id="index"),
-    pytest.param(lambda x, i, j: x[i.long(), j.long()], "btc r r", "r c", id="index-by-two"),
-    pytest.param(lambda x, i: x.gather(1, i.long()), "bt bs", "b s", id="gather"),
-    pytest.param(lambda x: torch.arange(N)[None] + x, "bt", "b t", id="arange-takes-the-axis-it-is-added-to"),
-    pytest.param(lambda x: x.cumsum(1).softmax(-1).flip(1), "btc", "b t c", id="along-an-axis"),
-    pytest.param(lambda x, w: F.layer_norm(x, [N], w), "btc c", "b t c", id="layer-norm"),
-    pytest.param(lambda x, m, f: x.masked_scatter(m > 0, f), "btc btc nc", "b t c", id="masked-scatter"),
-    pytest.param(lambda x, w: F.conv2d(x, w), "bchw kcyx", "b k () ()", id="conv2d"),
-    pytest.param(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), "bhtd bhsd bhse", "b h t e", id="sdpa"),
-    pytest.param(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v), v.exp()), "bhtd bhsd bhre",
-                 "b h t e, b h s e", id="sdpa-aligns-values-with-keys"),
-    pytest.param(lambda q, m: (F.scaled_dot_product_attention(q, q, q, m), m.exp()), "bhtd bhxy",
-                 "b h t d, b h t t", id="sdpa-aligns-its-mask"),
-])
+@pytest.mark.parametrize(
+    ("function", "inputs", "expected"),
+    [
+        pytest.param(lambda x, y: x + y, "btc tc", "b t c", id="pointwise-broadcasts-from-the-right"),
+        pytest.param(lambda x, y: (x + y, y.exp()), "bt ut", "b t, b t", id="pointwise-aligns"),
+        pytest.param(lambda x, w: F.linear(x, w), "btc kc", "b t k", id="linear"),
+        pytest.param(lambda b, x, w: torch.addmm(b, x, w), "k tc ck", "t k", id="addmm"),
+        pytest.param(lambda x, y: x @ y, "bhtc bhcs", "b h t s", id="matmul"),
+        pytest.param(lambda x, y: x @ y, "btc ck", "b t k", id="matmul-broadcasts"),
+        pytest.param(lambda x, y: x @ y, "btc c", "b t", id="matrix-vector"),
+        pytest.param(lambda x, y: torch.bmm(x, y), "btc bck", "b t k", id="bmm"),
+        pytest.param(lambda x: x.transpose(1, 2), "btc", "b c t", id="transpose"),
+        pytest.param(lambda x: x.t(), "tc", "c t", id="t"),
+        pytest.param(lambda x: x.mT, "btc", "b c t", id="mT"),
+        pytest.param(lambda x: x.permute(2, 0, 1), "btc", "c b t", id="permute"),
+        pytest.param(lambda x: x.unsqueeze(-1), "bt", "b t ()", id="unsqueeze"),
+        pytest.param(lambda x: x.unsqueeze(0).squeeze(), "bt", "b t", id="squeeze"),
+        pytest.param(lambda x: x.view(N * N, N), "btc", "(bt) c", id="view-merges"),
+        pytest.param(lambda x: x.flatten(0, 1).unflatten(0, (N, N)), "btc", "b t c", id="unflatten-splits"),
+        pytest.param(lambda x: x.transpose(0, 1).reshape(N * N, N), "btc", "(tb) c", id="reshape-follows-the-order"),
+        pytest.param(lambda x: x[:, 0], "btc", "b c", id="select"),
+        pytest.param(lambda x: x[:, -1:], "btc", "b () c", id="slice-of-one"),
+        pytest.param(lambda x: x[:, 1:], "btc", "b . c", id="slice-is-another-axis"),
+        pytest.param(lambda x, y: torch.cat([x, y], 1)[:, N:], "btc bsc", "b s c", id="slice-of-a-segment"),
+        pytest.param(lambda x, y: torch.cat([x, y], 1), "btc bsc", "b . c", id="cat"),
+        pytest.param(lambda x: torch.cat([x, x]), "tc", "(.t) c", id="cat-of-alike-is-a-count-and-the-axis"),
+        pytest.param(lambda x: torch.cat([torch.ones(0), x]), "t", "t", id="cat-with-nothing"),
+        pytest.param(lambda x, y: torch.stack([x, y], 1), "bt bt", "b . t", id="stack"),
+        pytest.param(lambda x, y: torch.cat([x, y], 1).split([N, N], 1), "bt bs", "b t, b s", id="split"),
+        pytest.param(lambda x: torch.stack([x, x]).unbind(0), "bt", "b t, b t", id="unbind"),
+        pytest.param(lambda x: x.chunk(2, 0), "tc", ". c, . c", id="chunk"),
+        pytest.param(lambda x: x[:, None].expand(N, N, N), "tc", "t . c", id="expand"),
+        pytest.param(lambda x: x.sum(1), "btc", "b c", id="sum"),
+        pytest.param(lambda x: x.mean(-1, keepdim=True), "btc", "b t ()", id="mean-keeps"),
+        pytest.param(lambda x: x.amax((0, 2)), "btc", "t", id="amax-of-several"),
+        pytest.param(lambda x: x.argmax(-1), "btc", "b t", id="argmax"),
+        pytest.param(lambda x: (x > 0).any(-1), "bt", "b", id="any"),
+        pytest.param(lambda i, w: F.embedding(i.long(), w), "bt vc", "b t c", id="embedding"),
+        pytest.param(lambda x, i: x[i.long()], "tc bs", "b s c", id="index"),
+        pytest.param(lambda x, i, j: x[i.long(), j.long()], "btc r r", "r c", id="index-by-two"),
+        pytest.param(lambda x, i: x.gather(1, i.long()), "bt bs", "b s", id="gather"),
+        pytest.param(lambda x: torch.arange(N)[None] + x, "bt", "b t", id="arange-takes-the-axis-it-is-added-to"),
+        pytest.param(lambda x: x.cumsum(1).softmax(-1).flip(1), "btc", "b t c", id="along-an-axis"),
+        pytest.param(lambda x, w: F.layer_norm(x, [N], w), "btc c", "b t c", id="layer-norm"),
+        pytest.param(lambda x, m, f: x.masked_scatter(m > 0, f), "btc btc nc", "b t c", id="masked-scatter"),
+        pytest.param(lambda x, w: F.conv2d(x, w), "bchw kcyx", "b k () ()", id="conv2d"),
+        pytest.param(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), "bhtd bhsd bhse", "b h t e", id="sdpa"),
+        pytest.param(
+            lambda q, k, v: (F.scaled_dot_product_attention(q, k, v), v.exp()),
+            "bhtd bhsd bhre",
+            "b h t e, b h s e",
+            id="sdpa-aligns-values-with-keys",
+        ),
+        pytest.param(
+            lambda q, m: (F.scaled_dot_product_attention(q, q, q, m), m.exp()),
+            "bhtd bhxy",
+            "b h t d, b h t t",
+            id="sdpa-aligns-its-mask",
+        ),
+    ],
+)
 def test_a_rule_spells_its_result(function: Callable[..., Any], inputs: str, expected: str) -> None:
     assert _spelled(function, inputs) == expected
 
@@ -221,14 +238,24 @@ def test_the_operators_of_a_model_without_a_conflict_report_none() -> None:
     assert infer(program.graph).context.conflicts == []
 
 
-@pytest.mark.parametrize("function", [
-    lambda x: x.reshape(x.shape[0] * x.shape[1], 8).reshape(x.shape),
-    lambda x: x.view(x.shape[0], -1, 2, 4).transpose(1, 2).flatten(2).view(x.shape[0], 2, x.shape[1], 4)
-    .transpose(1, 2).flatten(2),
-    lambda x: torch.cat([x, torch.ones(x.shape[0], 3, 8)], 1)[:, :x.shape[1]],
-    lambda x: x * torch.arange(x.shape[1])[:, None],
-    lambda x: (x @ x.mT).softmax(-1) @ x,
-], ids=["flatten", "heads", "segment", "arange", "attention"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.reshape(x.shape[0] * x.shape[1], 8).reshape(x.shape),
+        lambda x: (
+            x.view(x.shape[0], -1, 2, 4)
+            .transpose(1, 2)
+            .flatten(2)
+            .view(x.shape[0], 2, x.shape[1], 4)
+            .transpose(1, 2)
+            .flatten(2)
+        ),
+        lambda x: torch.cat([x, torch.ones(x.shape[0], 3, 8)], 1)[:, : x.shape[1]],
+        lambda x: x * torch.arange(x.shape[1])[:, None],
+        lambda x: (x @ x.mT).softmax(-1) @ x,
+    ],
+    ids=["flatten", "heads", "segment", "arange", "attention"],
+)
 def test_symbolic_batch_and_length_are_followed(function: Callable[..., Any]) -> None:
     program = traced(function, torch.zeros(2, 6, 8), dynamic=[(0, 1)])
     axes = infer(program.graph)
@@ -280,8 +307,10 @@ class Walk:
     def _merge(self) -> None:
         if len(self.words) > 1:
             i = self.pick([*range(len(self.words) - 1)])
-            self.add(lambda x: x.flatten(i, i + 1),
-                     [*self.words[:i], self.words[i] + self.words[i + 1], *self.words[i + 2:]])
+            self.add(
+                lambda x: x.flatten(i, i + 1),
+                [*self.words[:i], self.words[i] + self.words[i + 1], *self.words[i + 2 :]],
+            )
 
     def _split(self) -> None:
         """Take a product apart again, by a view that names all sizes but one."""
@@ -291,13 +320,19 @@ class Walk:
             first, rest = self.words[i][:1], self.words[i][1:]
             lead = "T" in first
             size = SIZES[(rest if lead else first)[0]] if not lead else _size(rest)
-            self.add(lambda x: x.reshape(*x.shape[:i], *((-1, size) if lead else (size, -1)), *x.shape[i + 1:]),
-                     [*self.words[:i], first, rest, *self.words[i + 1:]])
+            self.add(
+                lambda x: x.reshape(*x.shape[:i], *((-1, size) if lead else (size, -1)), *x.shape[i + 1 :]),
+                [*self.words[:i], first, rest, *self.words[i + 1 :]],
+            )
 
     def _heads(self) -> None:
         if self.words[-1] == ("C",) and len(self.words) < 6:
-            self.add(lambda x: x.view(*x.shape[:-1], HEADS, -1) if x.is_contiguous()
-                     else x.reshape(*x.shape[:-1], HEADS, -1), [*self.words[:-1], ("H",), ("D",)])
+            self.add(
+                lambda x: (
+                    x.view(*x.shape[:-1], HEADS, -1) if x.is_contiguous() else x.reshape(*x.shape[:-1], HEADS, -1)
+                ),
+                [*self.words[:-1], ("H",), ("D",)],
+            )
 
     def _unsqueeze(self) -> None:
         i = self.pick([*range(len(self.words) + 1)])
@@ -308,14 +343,16 @@ class Walk:
         spots = self.spots(lambda word: word == ())
         if spots:
             i = self.pick(spots)
-            self.add(lambda x: x.squeeze(i), [*self.words[:i], *self.words[i + 1:]])
+            self.add(lambda x: x.squeeze(i), [*self.words[:i], *self.words[i + 1 :]])
 
     def _expand(self) -> None:
         spots = self.spots(lambda word: word == ())
         if spots:
             i = self.pick(spots)
-            self.add(lambda x: x.expand(*x.shape[:i], SIZES["C"], *x.shape[i + 1:]),
-                     [*self.words[:i], ("C",), *self.words[i + 1:]])
+            self.add(
+                lambda x: x.expand(*x.shape[:i], SIZES["C"], *x.shape[i + 1 :]),
+                [*self.words[:i], ("C",), *self.words[i + 1 :]],
+            )
 
     def _pointwise(self) -> None:
         """A table over the last dimension, made from its size."""
@@ -341,8 +378,10 @@ class Walk:
 
     def _causal(self) -> None:
         if self.words[-2:] == [("T",), ("T",)]:
-            self.add(lambda x: x.masked_fill(torch.arange(x.shape[-1]) > torch.arange(x.shape[-2])[:, None], -9.0),
-                     self.words)
+            self.add(
+                lambda x: x.masked_fill(torch.arange(x.shape[-1]) > torch.arange(x.shape[-2])[:, None], -9.0),
+                self.words,
+            )
 
     def _sdpa(self) -> None:
         if len(self.words) == 4:
@@ -365,12 +404,12 @@ class Walk:
     def _reduce(self) -> None:
         if len(self.words) > 1:
             i, keep = self.pick([*range(len(self.words))]), self.draw(st.booleans())
-            self.add(lambda x: x.sum(i, keepdim=keep), [*self.words[:i], *([()] if keep else []), *self.words[i + 1:]])
+            self.add(lambda x: x.sum(i, keepdim=keep), [*self.words[:i], *([()] if keep else []), *self.words[i + 1 :]])
 
     def _select(self) -> None:
         if len(self.words) > 1:
             i = self.pick([*range(len(self.words))])
-            self.add(lambda x: x.select(i, -1), [*self.words[:i], *self.words[i + 1:]])
+            self.add(lambda x: x.select(i, -1), [*self.words[:i], *self.words[i + 1 :]])
 
     def _embedding(self) -> None:
         if len(self.words) < 5:

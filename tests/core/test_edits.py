@@ -37,9 +37,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def _short(text: str) -> str:
     """Names of parameters without the modules that they pass through."""
-    for long, short in (("l_self_modules_model_modules_", ""), ("language_model_modules_", "text."),
-                        ("vision_tower_modules_", "vision."), ("_modules_", "."), ("_parameters_", "."),
-                        ("_buffers_", ".")):
+    for long, short in (
+        ("l_self_modules_model_modules_", ""),
+        ("language_model_modules_", "text."),
+        ("vision_tower_modules_", "vision."),
+        ("_modules_", "."),
+        ("_parameters_", "."),
+        ("_buffers_", "."),
+    ):
         text = text.replace(long, short)
     return text
 
@@ -156,10 +161,12 @@ def _heads(x: Tensor) -> Tensor:
 FOLLOWED = {
     "pointwise": lambda x, w, i: x.relu() * 2 + x,
     "linear-on-flat-rows": lambda x, w, i: F.linear(x.reshape(-1, WIDE), w).view(x.shape),
-    "attention-by-heads": lambda x, w, i: F.scaled_dot_product_attention(
-        _heads(x), _heads(x), _heads(x)).transpose(1, 2).reshape(x.shape),
+    "attention-by-heads": lambda x, w, i: (
+        F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x)).transpose(1, 2).reshape(x.shape)
+    ),
     "attention-with-a-causal-mask": lambda x, w, i: F.scaled_dot_product_attention(
-        _heads(x), _heads(x), _heads(x), torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool).tril()),
+        _heads(x), _heads(x), _heads(x), torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    ),
     "written-attention": lambda x, w, i: (x @ x.mT).softmax(-1) @ x,
     "mean-over-tokens": lambda x, w, i: x.mean(1),
     "expand": lambda x, w, i: (x[:, :, None].expand(-1, -1, 2, -1) * 2).flatten(2),
@@ -193,8 +200,11 @@ CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
 TABLE = torch.rand(TOKENS, 3, generator=torch.Generator().manual_seed(3))
 SHARED = {
     "bias": (lambda x, bias: (x @ x.mT + bias).softmax(-1) @ x, BIAS, lambda t, k: t[k][:, k]),
-    "mask": (lambda x, mask: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x), mask), CAUSAL,
-             lambda t, k: t[k][:, k]),
+    "mask": (
+        lambda x, mask: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x), mask),
+        CAUSAL,
+        lambda t, k: t[k][:, k],
+    ),
     "table": (lambda x, table: _heads(x) * table, TABLE, lambda t, k: t[k]),
     "table-for-all-heads": (lambda x, table: _heads(x) * table[None, None], TABLE, lambda t, k: t[k]),
     "table-for-one-row": (lambda x, table: x * table.repeat(1, 2)[None], TABLE, lambda t, k: t[k]),
@@ -211,7 +221,7 @@ def test_each_row_of_a_shared_value_follows_its_own_tokens(name: str) -> None:
 
 def test_a_sequence_of_one_row_without_a_batch_atom() -> None:
     def function(x: Tensor) -> Tensor:
-        return (x @ x.mT).softmax(-1) @ x * torch.arange(TOKENS)[None, -x.shape[1]:, None].sign()
+        return (x @ x.mT).softmax(-1) @ x * torch.arange(TOKENS)[None, -x.shape[1] :, None].sign()
 
     out = cut(function, X[:1], [[0, 2, 3, 5]])
     assert out.shape == (1, 4, WIDE)

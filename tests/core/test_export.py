@@ -31,8 +31,9 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
-                          use_cache=False).logits
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
+        ).logits
 
 
 @cache

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 import tokcompile
 
 STEPS = 5
-GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
-          "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {
+    "max_new_tokens": STEPS,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 PADS = {1: (), 3: (2, 0, 1)}
 AT_A_LAYER = """
 rule: mine
@@ -59,10 +65,14 @@ CASES: dict[str, Case] = {
     "random": ([{"rule": "random", "keep": 5}], {"cuts": [naive.random(5)]}),
     "kept-at-a-layer": ([{"rule": "mine", "keep": 6}], {"cuts": [at_a_layer(6, False)]}),
     "compact-at-a-layer": ([{"rule": "mine", "keep": 6, "positions": "compact"}], {"cuts": [at_a_layer(6, True)]}),
-    "hiprune-then-fastv": ([HIPRUNE, {"rule": "fastv", "keep": 4}],
-                           {"cuts": [naive.fastv(2, 4)], "patches": naive.hiprune(10, 1.0)}),
-    "random-then-compact": ([{"rule": "random", "keep": 8}, {"rule": "mine", "keep": 5, "positions": "compact"}],
-                            {"cuts": [naive.random(8), at_a_layer(5, True)]}),
+    "hiprune-then-fastv": (
+        [HIPRUNE, {"rule": "fastv", "keep": 4}],
+        {"cuts": [naive.fastv(2, 4)], "patches": naive.hiprune(10, 1.0)},
+    ),
+    "random-then-compact": (
+        [{"rule": "random", "keep": 8}, {"rule": "mine", "keep": 5, "positions": "compact"}],
+        {"cuts": [naive.random(8), at_a_layer(5, True)]},
+    ),
 }
 
 

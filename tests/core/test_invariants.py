@@ -50,8 +50,15 @@ def options(rule: str, model: nn.Module, keep: Any) -> dict[str, Any]:
 def _matrix() -> list[Any]:
     cases = []
     for rule in RULES:
-        axes = {"name": MODELS.get(rule, ()), "keep": ("1/3", 1, "all"), "batch": (1, 3), "pads": ("none", "left"),
-                "cache": (True, False), "dtype": (torch.float32, torch.bfloat16), "attention": ("sdpa", "eager")}
+        axes = {
+            "name": MODELS.get(rule, ()),
+            "keep": ("1/3", 1, "all"),
+            "batch": (1, 3),
+            "pads": ("none", "left"),
+            "cache": (True, False),
+            "dtype": (torch.float32, torch.bfloat16),
+            "attention": ("sdpa", "eager"),
+        }
         for case in pairwise(axes):
             label = "-".join(str(v).removeprefix("torch.") for v in case.values())
             cases.append(pytest.param(rule, case, id=f"{rule}-{label}"))
@@ -98,8 +105,10 @@ def _protected(inputs: dict[str, Tensor], kept: list[list[int]], has_image: bool
         assert row == sorted(set(row))
 
 
-@pytest.mark.parametrize(("name", "attention"), [
-    *((name, attention) for name in ("gpt2", "opt") for attention in ("sdpa", "eager")), ("gemma2", "eager")])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [*((name, attention) for name in ("gpt2", "opt") for attention in ("sdpa", "eager")), ("gemma2", "eager")],
+)
 def test_other_decoders_keep_their_bits_and_no_padding(name: str, attention: str) -> None:
     model = fleet.shared(name, attention=attention)
     inputs = fleet.example(model, 3, PADS["left"])
@@ -138,7 +147,7 @@ def test_rows_do_not_see_each_other(rule: str) -> None:
         out = alone(**fleet.row(batch, number, strip))
         assert [i + strip for i in alone.kept[-1][0]] == kept[number][strip:]
         real = [new for new, old in enumerate(kept[number]) if old >= pad]
-        assert difference(logits[number][real], out.logits[0, -len(real):]) <= 1e-5
+        assert difference(logits[number][real], out.logits[0, -len(real) :]) <= 1e-5
     assert len(alone.report.graphs) == 1
 
 
@@ -233,8 +242,11 @@ def test_a_second_call_with_other_inputs_is_pruned_by_its_own_scores(rule: str) 
 def test_hiprune_then_fastv_is_one_after_the_other_by_hand(dynamic: bool | None) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
-    pruned = prune(model, dynamic=dynamic, rules=[{"rule": "hiprune", "keep": 10, "alpha": 1.0},
-                                                  {"rule": "fastv", "layer": 2, "keep": 4}])
+    pruned = prune(
+        model,
+        dynamic=dynamic,
+        rules=[{"rule": "hiprune", "keep": 10, "alpha": 1.0}, {"rule": "fastv", "layer": 2, "keep": 4}],
+    )
     ran = naive.run(model, inputs, [naive.fastv(2, 4)], naive.hiprune(10, 1.0))
     _checked(pruned, pruned(**inputs), ran, tolerance=1e-5 if dynamic else 0)
 

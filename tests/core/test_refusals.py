@@ -22,8 +22,14 @@ SCORE = "{name: s, by: norm, at: %s}"
 def rule_file(folder: Path, *steps: str) -> str:
     """Write a rule of these steps; the path of its file."""
     path = folder / "mine.yaml"
-    lines = ["rule: mine", "about: A rule of a test.", "params:",
-             "  keep: {type: ratio_or_count, default: 4, about: n}", "steps:", *(f"  - {step}" for step in steps)]
+    lines = [
+        "rule: mine",
+        "about: A rule of a test.",
+        "params:",
+        "  keep: {type: ratio_or_count, default: 4, about: n}",
+        "steps:",
+        *(f"  - {step}" for step in steps),
+    ]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
@@ -50,9 +56,12 @@ def test_a_layer_that_is_not_there() -> None:
 
 def test_a_drop_at_a_layer_that_is_not_there(tmp_path: Path) -> None:
     model = fleet.shared("llava")
-    path = rule_file(tmp_path, "score: {name: s, by: norm, at: decoder.1.input}",
-                     "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
-                     "drop: {at: decoder.99.input, keep: k}")
+    path = rule_file(
+        tmp_path,
+        "score: {name: s, by: norm, at: decoder.1.input}",
+        "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
+        "drop: {at: decoder.99.input, keep: k}",
+    )
     error = refused(model, fleet.example(model), AddressError, rule=path)
     assert "'decoder.99.input' matches nothing" in error.cause
     assert any("mine.yaml:8" in place for place in error.where)
@@ -84,9 +93,12 @@ def test_image_tokens_in_a_prompt_without_an_image(rule: str) -> None:
 
 def test_a_drop_before_its_score(tmp_path: Path) -> None:
     model = fleet.shared("llava")
-    path = rule_file(tmp_path, "score: {name: s, by: attention_received, at: decoder.2.attention, queries: last}",
-                     "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
-                     "drop: {at: decoder.1.input, keep: k}")
+    path = rule_file(
+        tmp_path,
+        "score: {name: s, by: attention_received, at: decoder.2.attention, queries: last}",
+        "select: {name: k, by: topk, scores: s, keep: '${keep}'}",
+        "drop: {at: decoder.1.input, keep: k}",
+    )
     error = refused(model, fleet.example(model), EditError, rule=path)
     assert "dropped before they are chosen" in error.cause
     assert any("mine.yaml:8" in place for place in error.where)
@@ -105,8 +117,9 @@ class InPieces(nn.Module):
         torch._dynamo.graph_break()
         features = torch.cat(list(features)).to(embeddings.dtype)
         mask = (input_ids == fleet.IMAGE)[..., None].expand_as(embeddings)
-        return self.model.model.language_model(inputs_embeds=embeddings.masked_scatter(mask, features),
-                                               attention_mask=attention_mask)
+        return self.model.model.language_model(
+            inputs_embeds=embeddings.masked_scatter(mask, features), attention_mask=attention_mask
+        )
 
 
 @pytest.mark.parametrize("rule", ["fastv", "hiprune", "random"])
@@ -126,8 +139,8 @@ def test_rows_with_different_numbers_of_images_fail_when_run(rule: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 2, text=23)
     ids = inputs["input_ids"]
-    ids[0, 17: 33] = fleet.IMAGE
-    ids[1, 1: 17] = 7
+    ids[0, 17:33] = fleet.IMAGE
+    ids[1, 1:17] = 7
     pruned = prune(model, rule=rule, keep=5)
     with pytest.raises(RuntimeError, match="different numbers of image tokens"):
         pruned(**inputs)
@@ -140,14 +153,22 @@ def test_a_rule_that_needs_the_grid_after_it_is_gone() -> None:
     assert "grid" in str(error) and "after hiprune" in str(error)
 
 
-@pytest.mark.parametrize(("score", "first"), [
-    ("attention_received, at: decoder.0.attention, queries: last", {"rule": "fastv", "layer": 1, "keep": 9}),
-    ("norm, at: projector.input", {"rule": "random", "keep": 9, "seed": 1})], ids=["text", "features"])
+@pytest.mark.parametrize(
+    ("score", "first"),
+    [
+        ("attention_received, at: decoder.0.attention, queries: last", {"rule": "fastv", "layer": 1, "keep": 9}),
+        ("norm, at: projector.input", {"rule": "random", "keep": 9, "seed": 1}),
+    ],
+    ids=["text", "features"],
+)
 def test_a_choice_among_tokens_that_an_earlier_rule_dropped(score: str, first: dict[str, Any], tmp_path: Path) -> None:
     model = fleet.shared("llava")
-    path = rule_file(tmp_path, f"score: {{name: s, by: {score}}}",
-                     "select: {name: k, by: topk, scores: s, among: image, keep: '${keep}'}",
-                     "drop: {at: decoder.2.input, keep: k}")
+    path = rule_file(
+        tmp_path,
+        f"score: {{name: s, by: {score}}}",
+        "select: {name: k, by: topk, scores: s, among: image, keep: '${keep}'}",
+        "drop: {at: decoder.2.input, keep: k}",
+    )
     error = refused(model, fleet.example(model), EditError, rules=[first, path])
     assert error.cause == "tokens were chosen among some that an earlier drop removed"
     assert f"after {first['rule']}" in str(error) and "mine.yaml:8" in str(error)
@@ -162,9 +183,15 @@ def test_an_unknown_target() -> None:
     assert type(error) is LowerError and "did you mean 'inductor'" in error.remedy
 
 
-@pytest.mark.parametrize(("options", "said"), [({}, "needs a rule"), ({"rule": "fastvv"}, "fastv"),
-                                               ({"rule": "fastv", "budget": 3}, "no option 'budget'"),
-                                               ({"rule": "fastv", "rules": ["random"]}, "both")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "needs a rule"),
+        ({"rule": "fastvv"}, "fastv"),
+        ({"rule": "fastv", "budget": 3}, "no option 'budget'"),
+        ({"rule": "fastv", "rules": ["random"]}, "both"),
+    ],
+)
 def test_options_that_name_no_rule(options: dict[str, Any], said: str) -> None:
     model = fleet.shared("llama")
     compiled = torch.compile(model, backend=tokred, options=options)

@@ -26,8 +26,12 @@ def test_a_7b_is_rewritten_in_a_second() -> None:
     config = model.config
     assert (config.text_config.num_hidden_layers, config.vision_config.hidden_size) == (32, 1024)
     ids = torch.full((1, 640), 7, device="meta")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False,
-              "pixel_values": torch.zeros(1, 3, 336, 336, device="meta")}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+        "pixel_values": torch.zeros(1, 3, 336, 336, device="meta"),
+    }
     programs = capture(model, inputs)
     assert len(programs) == 1
     start = time.perf_counter()
@@ -41,7 +45,8 @@ def test_a_7b_is_rewritten_in_a_second() -> None:
 @pytest.mark.slow
 def test_a_fresh_process_without_an_import(tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, cwd=tmp_path, env=env,
-                          timeout=1200)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["compile", "generate", "api"]

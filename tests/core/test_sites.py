@@ -20,8 +20,11 @@ from tokcompile.sites import Sites, addresses, find_sites, resolve_address
 
 aten = torch.ops.aten
 LAYERS = {"vision": 3, "decoder": 3}
-STACKS = {**dict.fromkeys(fleet.VLMS, ("vision", "decoder")), **dict.fromkeys(fleet.DECODERS, ("decoder",)),
-          **dict.fromkeys(fleet.TOWERS, ("vision",))}
+STACKS = {
+    **dict.fromkeys(fleet.VLMS, ("vision", "decoder")),
+    **dict.fromkeys(fleet.DECODERS, ("decoder",)),
+    **dict.fromkeys(fleet.TOWERS, ("vision",)),
+}
 HEADS = {"vision": (4, 8), "decoder": (4, 16)}  # how many, and how wide
 
 
@@ -31,8 +34,14 @@ def _sites(model: nn.Module, inputs: dict[str, Any], dynamic: bool | None = None
 
 
 def _cases() -> list[Any]:
-    axes = {"name": fleet.VLMS + fleet.DECODERS, "attention": ("sdpa", "eager"), "cache": (True, False),
-            "batch": (1, 3), "hidden": (False, True), "dynamic": (None, True)}
+    axes = {
+        "name": fleet.VLMS + fleet.DECODERS,
+        "attention": ("sdpa", "eager"),
+        "cache": (True, False),
+        "batch": (1, 3),
+        "hidden": (False, True),
+        "dynamic": (None, True),
+    }
     cases = [*pairwise(axes)]
     return [pytest.param(case, id="-".join(map(str, case.values()))) for case in cases]
 
@@ -41,8 +50,9 @@ def _cases() -> list[Any]:
 def test_every_site_of_a_model_is_found(case: dict[str, Any]) -> None:
     model = fleet.shared(case["name"], attention=case["attention"])
     inputs = fleet.example(model, case["batch"], (0, 2, 1)[: case["batch"]])
-    program, sites = _sites(model, {**inputs, "use_cache": case["cache"], "output_hidden_states": case["hidden"]},
-                            case["dynamic"])
+    program, sites = _sites(
+        model, {**inputs, "use_cache": case["cache"], "output_hidden_states": case["hidden"]}, case["dynamic"]
+    )
     _check_stacks(program, sites, case["name"], case["batch"])
     assert sites.phase == "prefill" and sites.loose == []
     assert len(sites.caches) == (LAYERS["decoder"] if case["cache"] else 0)
@@ -83,8 +93,9 @@ def _check_image(sites: Sites, model: nn.Module, name: str) -> None:
     assert sites.splice.node.target is aten.masked_scatter.default
     assert sites.projector.input.meta["val"].shape[1] == fleet.images(model)
     assert sites.projector.output is sites.splice.features
-    assert sites.reach.above(sites.stacks["vision"].blocks[sites.stacks["vision"].features].output,
-                             sites.projector.input)
+    assert sites.reach.above(
+        sites.stacks["vision"].blocks[sites.stacks["vision"].features].output, sites.projector.input
+    )
 
 
 # The two of real size are in test_scale.py.
@@ -111,12 +122,19 @@ def test_a_vision_model_is_one_stack(name: str, attention: str) -> None:
     assert sites.padding is None and sites.splice is None and sites.text_stack() is None
 
 
-@pytest.mark.parametrize(("name", "attention", "softcap", "rotary"), [
-    ("gpt2", "sdpa", 0.0, 0), ("gpt2", "eager", 0.0, 0), ("opt", "sdpa", 0.0, 0), ("opt", "eager", 0.0, 0),
-    ("gemma2", "eager", 50.0, 1),
-])
-def test_other_decoders_are_one_stack_with_a_padding_mask(name: str, attention: str, softcap: float,
-                                                          rotary: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "attention", "softcap", "rotary"),
+    [
+        ("gpt2", "sdpa", 0.0, 0),
+        ("gpt2", "eager", 0.0, 0),
+        ("opt", "sdpa", 0.0, 0),
+        ("opt", "eager", 0.0, 0),
+        ("gemma2", "eager", 50.0, 1),
+    ],
+)
+def test_other_decoders_are_one_stack_with_a_padding_mask(
+    name: str, attention: str, softcap: float, rotary: int
+) -> None:
     """OPT scales its queries and flattens its stream; learned positions are counted from the padding mask."""
     model = fleet.shared(name, attention=attention)
     _, sites = _sites(model, fleet.example(model, 2, (0, 2)))
@@ -135,8 +153,9 @@ def test_a_decode_step_reads_a_cache() -> None:
     with torch.no_grad():
         cache = model(**inputs).past_key_values
     mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
-    _, sites = _sites(model, {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": mask,
-                              "past_key_values": cache})
+    _, sites = _sites(
+        model, {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": mask, "past_key_values": cache}
+    )
     assert sites.phase == "decode"
     assert all(site.past is not None for site in sites.caches.values())
 
@@ -158,30 +177,52 @@ def test_every_address_that_is_listed_resolves(llava: Sites) -> None:
             place = resolve_address(llava, text)
             assert place.node.meta["val"].ndim in (2, 3, 4), text
             assert (place.attention is not None) == text.endswith(".attention")
-    assert {"vision.0..2.input", "decoder.0..2.attention", "projector.input", "splice.output", "embedding.output",
-            "head.input"} <= set(listed)
+    assert {
+        "vision.0..2.input",
+        "decoder.0..2.attention",
+        "projector.input",
+        "splice.output",
+        "embedding.output",
+        "head.input",
+    } <= set(listed)
 
 
-@pytest.mark.parametrize(("text", "same"), [
-    ("decoder.-1.output", "decoder.2.output"), ("decoder.-3.input", "decoder.0.input"),
-    ("decoder.input", "decoder.0.input"),
-    ("vision.features.attention", "vision.1.attention"), ("decoder.1.output", "decoder.2.input"),
-])
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("decoder.-1.output", "decoder.2.output"),
+        ("decoder.-3.input", "decoder.0.input"),
+        ("decoder.input", "decoder.0.input"),
+        ("vision.features.attention", "vision.1.attention"),
+        ("decoder.1.output", "decoder.2.input"),
+    ],
+)
 def test_addresses_with_two_spellings_are_one_place(llava: Sites, text: str, same: str) -> None:
     assert resolve_address(llava, text).node is resolve_address(llava, same).node
 
 
-@pytest.mark.parametrize(("text", "owner"), [("vision.0.input", "vision"), ("projector.input", "vision"),
-                                             ("splice.input", "vision"), ("splice.output", "decoder"),
-                                             ("decoder.1.attention", "decoder")])
+@pytest.mark.parametrize(
+    ("text", "owner"),
+    [
+        ("vision.0.input", "vision"),
+        ("projector.input", "vision"),
+        ("splice.input", "vision"),
+        ("splice.output", "decoder"),
+        ("decoder.1.attention", "decoder"),
+    ],
+)
 def test_a_place_knows_whose_sequence_it_holds(llava: Sites, text: str, owner: str) -> None:
     assert resolve_address(llava, text).owner == owner
 
 
-@pytest.mark.parametrize(("text", "cause"), [
-    ("decoder.3.input", "decoder has 3 blocks, 0 to 2"), ("decoder.-4.input", "decoder has 3 blocks, 0 to 2"),
-    ("encoder.0.input", "this graph has no encoder stack"),
-])
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("decoder.3.input", "decoder has 3 blocks, 0 to 2"),
+        ("decoder.-4.input", "decoder has 3 blocks, 0 to 2"),
+        ("encoder.0.input", "this graph has no encoder stack"),
+    ],
+)
 def test_an_address_that_matches_nothing_lists_what_there_is(llava: Sites, text: str, cause: str) -> None:
     with pytest.raises(AddressError, match=f"address '{text}' matches nothing") as caught:
         resolve_address(llava, text)
@@ -237,13 +278,17 @@ def test_soft_capped_attention_is_matched_with_its_scale_cap_and_mask() -> None:
     assert stack.blocks[0].input is next(iter(program.graph.nodes)) and stack.blocks[0].output in results(program)
 
 
-@pytest.mark.parametrize(("scores", "scale", "has_mask"), [
-    (lambda q, k, m: q @ k.mT, 1.0, False),
-    (lambda q, k, m: q @ k.mT / 4.0, 0.25, False),
-    (lambda q, k, m: q @ k.mT * 0.5 + m, 0.5, True),
-    (lambda q, k, m: q @ k.mT + m, 1.0, True),
-    (lambda q, k, m: torch.matmul(q, k.transpose(-1, -2)) * 0.5 + m, 0.5, True),
-], ids=["bare", "divided", "scaled-masked", "masked", "negative-transpose"])
+@pytest.mark.parametrize(
+    ("scores", "scale", "has_mask"),
+    [
+        (lambda q, k, m: q @ k.mT, 1.0, False),
+        (lambda q, k, m: q @ k.mT / 4.0, 0.25, False),
+        (lambda q, k, m: q @ k.mT * 0.5 + m, 0.5, True),
+        (lambda q, k, m: q @ k.mT + m, 1.0, True),
+        (lambda q, k, m: torch.matmul(q, k.transpose(-1, -2)) * 0.5 + m, 0.5, True),
+    ],
+    ids=["bare", "divided", "scaled-masked", "masked", "negative-transpose"],
+)
 def test_written_out_attention_is_matched_with_its_scale(scores: Any, scale: float, has_mask: bool) -> None:
     def block(x: Tensor, mask: Tensor) -> Tensor:
         query, key, value = _project(x)

@@ -38,8 +38,14 @@ def test_the_report_has_its_shape(result: demo.Result) -> None:
     for budgets in report["rules"].values():
         assert list(budgets) == list(KEEPS)
         for case in budgets.values():
-            assert case.keys() >= {"accuracy", "image_tokens", "flops", "kv_bytes", "latency_ms",
-                                   "max_abs_diff_to_ideal"}
+            assert case.keys() >= {
+                "accuracy",
+                "image_tokens",
+                "flops",
+                "kv_bytes",
+                "latency_ms",
+                "max_abs_diff_to_ideal",
+            }
             assert list(case["latency_ms"]) == ["eager", "inductor", "tokred", "ideal"]
             assert all(ms > 0 for ms in case["latency_ms"].values())
             assert case["image_tokens"] == 4 and case["kv_bytes"] == base["kv_bytes"] * 10 // 22

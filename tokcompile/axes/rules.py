@@ -282,14 +282,14 @@ def pieces(ctx: Context, node: Node) -> list[Dims]:
     unbind = node.target is aten.unbind.int
     where = wrap(arg(node, 1 if unbind else 2, "dim", 0), len(dims))
     if unbind:
-        return [[*dims[:where], *dims[where + 1:]] for _ in node.meta["val"]]
+        return [[*dims[:where], *dims[where + 1 :]] for _ in node.meta["val"]]
     out, offset = [], 0
     whole = resolve(dims[where])
     for value in node.meta["val"]:
         size = size_of(value.shape[where])
         inner = whole[1:] if len(whole) > 1 and same(product(whole[1:]), size) else None
         piece = inner or sub_range(whole, offset, offset + size, 1, size)
-        out.append([*dims[:where], piece, *dims[where + 1:]])
+        out.append([*dims[:where], piece, *dims[where + 1 :]])
         offset = offset + size
     return out
 
@@ -338,7 +338,7 @@ def index(ctx: Context, node: Node) -> Dims:
             if dim and middle[-offset]:
                 ctx.unify(node, middle[-offset], dim)
             middle[-offset] = middle[-offset] or dim
-    return [*dims[: used[0]], *middle, *dims[used[-1] + 1:]]
+    return [*dims[: used[0]], *middle, *dims[used[-1] + 1 :]]
 
 
 def like_index(ctx: Context, node: Node) -> Dims:
@@ -355,7 +355,7 @@ def conv(ctx: Context, node: Node) -> Dims:
     """Convolutions: the batch goes through, the output channels are the filter's."""
     sizes = shape(node)
     lead = len(sizes) - (len(ctx.of(node.args[1])) - 2) - 1
-    return [*ctx.of(node.args[0])[:lead], ctx.of(node.args[1])[0], *(fresh(s) for s in sizes[lead + 1:])]
+    return [*ctx.of(node.args[0])[:lead], ctx.of(node.args[1])[0], *(fresh(s) for s in sizes[lead + 1 :])]
 
 
 def masked_scatter(ctx: Context, node: Node) -> Dims:
@@ -404,17 +404,72 @@ def _register(rule: Callable[[Context, Node], Any], *names: str) -> None:
     for name in names:
         packet, _, overload = name.partition(".")
         found = getattr(aten, packet, None)
-        for each in ([overload] if overload else found.overloads() if found else []):
+        for each in [overload] if overload else found.overloads() if found else []:
             RULES[getattr(found, each)] = rule
 
 
-_register(pointwise, "where", "masked_fill", "dropout", "clamp", "pow", "add", "sub", "mul", "div", "bitwise_not",
-          "__and__", "__or__", "__xor__", "rsub", "lerp", "floor_divide", "remainder", "maximum", "minimum")
-_register(like_first, "to", "alias", "detach", "detach_", "clone", "contiguous", "lift_fresh_copy", "_to_copy",
-          "softmax", "_softmax", "log_softmax", "cumsum", "triu", "tril", "zeros_like", "ones_like", "full_like",
-          "empty_like", "rand_like", "flip", "roll", "type_as", "float", "argsort", "softplus", "alpha_dropout",
-          "feature_dropout", "normal_", "_unsafe_masked_index", "gelu", "silu", "relu", "tanh", "sigmoid",
-          "scatter", "index_fill", "fill")
+_register(
+    pointwise,
+    "where",
+    "masked_fill",
+    "dropout",
+    "clamp",
+    "pow",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "bitwise_not",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "rsub",
+    "lerp",
+    "floor_divide",
+    "remainder",
+    "maximum",
+    "minimum",
+)
+_register(
+    like_first,
+    "to",
+    "alias",
+    "detach",
+    "detach_",
+    "clone",
+    "contiguous",
+    "lift_fresh_copy",
+    "_to_copy",
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "cumsum",
+    "triu",
+    "tril",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "flip",
+    "roll",
+    "type_as",
+    "float",
+    "argsort",
+    "softplus",
+    "alpha_dropout",
+    "feature_dropout",
+    "normal_",
+    "_unsafe_masked_index",
+    "gelu",
+    "silu",
+    "relu",
+    "tanh",
+    "sigmoid",
+    "scatter",
+    "index_fill",
+    "fill",
+)
 _register(norm, "layer_norm", "rms_norm", "native_layer_norm.default")
 _register(view, "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 _register(linear, "linear")
@@ -435,8 +490,23 @@ _register(reduce, "sum", "mean", "amax", "amin", "any", "all", "prod", "argmax",
 _register(embedding, "embedding")
 _register(index, "index.Tensor")
 _register(like_index, "gather")
-_register(source, "arange", "full", "zeros", "ones", "empty", "rand", "randn", "scalar_tensor", "eye", "linspace",
-          "new_ones", "new_zeros", "new_full", "new_empty")
+_register(
+    source,
+    "arange",
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "rand",
+    "randn",
+    "scalar_tensor",
+    "eye",
+    "linspace",
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "new_empty",
+)
 _register(conv, "conv1d", "conv2d", "conv3d", "convolution.default")
 _register(masked_scatter, "masked_scatter")
 

@@ -335,9 +335,7 @@ def save_tokenizer(folder: Path) -> None:
 
     words = Tokenizer(models.WordLevel(dict(digits.TOKEN), unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", digits.BOS)]
-    )
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", digits.BOS)])
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, padding_side="left", additional_special_tokens=["<image>"], **names

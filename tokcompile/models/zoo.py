@@ -1,7 +1,7 @@
 """A registry of models to compile: one trained, some small with random weights, some at the size of real ones.
 
-    loaded = load("llava-digits")
-    loaded.model(**loaded.example(batch=2))
+loaded = load("llava-digits")
+loaded.model(**loaded.example(batch=2))
 """
 
 from __future__ import annotations
@@ -181,21 +181,32 @@ _LLAVA_15 = {"image_token_index": 32000, "vision_feature_layer": -2}
 ZOO: dict[str, Entry] = {
     "llava-digits": Entry("trained on handwritten digits: 196 image tokens, 4 + 8 blocks", "vlm", _digits, 4),
     "llava-tiny": Entry(
-        "LLaVA, random weights: 16 image tokens, 3 + 4 blocks", "vlm",
-        lambda: families.llava(_SMALL_VISION, _SMALL_TEXT, **_IMAGE)),
+        "LLaVA, random weights: 16 image tokens, 3 + 4 blocks",
+        "vlm",
+        lambda: families.llava(_SMALL_VISION, _SMALL_TEXT, **_IMAGE),
+    ),
     "llava-clip-l": Entry(
-        "LLaVA with CLIP-L/14-336 (576 image tokens) and a small decoder, random weights", "vlm",
-        lambda: families.llava(_CLIP_L_336, _MEDIUM_TEXT, **_IMAGE), 16),
+        "LLaVA with CLIP-L/14-336 (576 image tokens) and a small decoder, random weights",
+        "vlm",
+        lambda: families.llava(_CLIP_L_336, _MEDIUM_TEXT, **_IMAGE),
+        16,
+    ),
     "llava-1.5-7b": Entry(
-        "LLaVA-1.5-7B's configuration on the meta device, no weights", "vlm",
-        lambda: families.llava_meta(_CLIP_L_336, _LLAMA_7B, **_LLAVA_15), 63, on_meta=True),
+        "LLaVA-1.5-7B's configuration on the meta device, no weights",
+        "vlm",
+        lambda: families.llava_meta(_CLIP_L_336, _LLAMA_7B, **_LLAVA_15),
+        63,
+        on_meta=True,
+    ),
     "llama-tiny": Entry("Llama, random weights: 4 blocks, grouped queries", "decoder", _small_decoder("llama"), 16),
     "qwen2-tiny": Entry("Qwen2, random weights: 4 blocks, biased queries", "decoder", _small_decoder("qwen2"), 16),
     "mistral-tiny": Entry("Mistral, random weights: 4 blocks", "decoder", _small_decoder("mistral"), 16),
-    "clip-tiny": Entry("CLIP vision tower, random weights: 3 blocks", "vision",
-                       lambda: families.clip_vision(_SMALL_VISION)),
-    "vit-tiny": Entry("ViT classifier, random weights: 3 blocks", "vision",
-                      lambda: families.vit(_SMALL_VISION | {"num_labels": 10})),
+    "clip-tiny": Entry(
+        "CLIP vision tower, random weights: 3 blocks", "vision", lambda: families.clip_vision(_SMALL_VISION)
+    ),
+    "vit-tiny": Entry(
+        "ViT classifier, random weights: 3 blocks", "vision", lambda: families.vit(_SMALL_VISION | {"num_labels": 10})
+    ),
 }
 
 

@@ -76,15 +76,20 @@ class Context:
         dims = self.program.axes.of(node)
         if len(dims) == 3:
             return 1
-        raise EditError("this value has no token dimension of its own", found=f"'{node.name}' of {owner} is "
-                        f"{tuple(node.meta['val'].shape)}")
+        raise EditError(
+            "this value has no token dimension of its own",
+            found=f"'{node.name}' of {owner} is {tuple(node.meta['val'].shape)}",
+        )
 
     def image_mask(self, axis: Dim) -> Node:
         """bool [B, T] on a text axis: where image features stand."""
         splice = self.sites.splice
         if splice is None:
-            raise EditError("no image tokens in this graph", found="no splice of image features",
-                            remedy="call the model with an image, or select among text or all")
+            raise EditError(
+                "no image tokens in this graph",
+                found="no splice of image features",
+                remedy="call the model with an image, or select among text or all",
+            )
         mask = self.editor.call(aten.select.int, splice.mask, -1, 0)
         return self.align(mask, self.program.axes.of(splice.node)[1], axis)
 
@@ -117,8 +122,11 @@ class Context:
             whole = self._through_splice(value, start, goal, fill)
         if whole is not None:
             return whole
-        raise EditError("scores of one sequence cannot be used for another", found=f"{start} against {goal}",
-                        remedy="score and drop the same tokens")
+        raise EditError(
+            "scores of one sequence cannot be used for another",
+            found=f"{start} against {goal}",
+            remedy="score and drop the same tokens",
+        )
 
     def patch_mask(self, like: Node, axis: Dim) -> tuple[Node, int] | None:
         """The patches of a vision sequence that was cut from one of class tokens and patches.
@@ -133,8 +141,9 @@ class Context:
         if not _has_segments(start) or start == resolve(axis):
             return None
         patches = longest_segment(start)
-        inside = self.editor.call(aten.new_full.default, like, [self.editor.size(like, 0), _static(product(patches))],
-                                  True, dtype=torch.bool)
+        inside = self.editor.call(
+            aten.new_full.default, like, [self.editor.size(like, 0), _static(product(patches))], True, dtype=torch.bool
+        )
         whole = self._among_class_tokens(inside, patches, start, fill=False)
         others = _static(product(start)) - _static(product(patches))
         return self.align(whole, start, axis), others
@@ -148,9 +157,12 @@ class Context:
         if segments.count(start) != 1:
             return None
         rows = self.editor.size(value, 0)
-        parts = [value if segment == start else
-                 self.editor.call(aten.new_full.default, value, [rows, _static(product(segment))], fill)
-                 for segment in segments]
+        parts = [
+            value
+            if segment == start
+            else self.editor.call(aten.new_full.default, value, [rows, _static(product(segment))], fill)
+            for segment in segments
+        ]
         return self.align(self.editor.call(aten.cat.default, parts, 1), whole, goal)
 
     def _through_splice(self, value: Node, start: Dim, goal: Dim, fill: float | None) -> Node | None:
@@ -160,7 +172,7 @@ class Context:
             return None
         axes = self.program.axes
         features = axes.of(splice.features)
-        image = next((d for d in features if d[-len(start):] == start), None)
+        image = next((d for d in features if d[-len(start) :] == start), None)
         inner = start if image is not None else _inner_segment(start, features)
         if inner is None:
             return None
@@ -194,8 +206,11 @@ def _has_segments(axis: Dim) -> bool:
 def _static(size: Any) -> int:
     if isinstance(size, int):
         return size
-    raise EditError("the number of image tokens is not known when the graph is compiled", found=str(size),
-                    remedy="compile with a static image size")
+    raise EditError(
+        "the number of image tokens is not known when the graph is compiled",
+        found=str(size),
+        remedy="compile with a static image size",
+    )
 
 
 def _segment_bounds(start: Dim, goal: Dim) -> tuple[int, int] | None:
@@ -226,7 +241,7 @@ def _inner_segment(start: Dim, features: list[Dim]) -> Dim | None:
     if len(start) != 1 or start[0].segments is None:
         return None
     for segment in map(resolve, start[0].segments):
-        if segment and any(d[-len(segment):] == segment for d in features):
+        if segment and any(d[-len(segment) :] == segment for d in features):
             return segment
     return None
 

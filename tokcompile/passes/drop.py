@@ -25,8 +25,14 @@ def drop(ctx: Context, step: Drop) -> None:
     place = resolve_address(ctx.sites, step.at)
     selection = ctx.values[step.keep]
     before, after = length_value(selection.size), length_value(selection.count)
-    record = {"verb": "drop", "at": step.at, "keep": step.keep, "positions": step.positions,
-              "from": str(before), "to": str(after)}
+    record = {
+        "verb": "drop",
+        "at": step.at,
+        "keep": step.keep,
+        "positions": step.positions,
+        "from": str(before),
+        "to": str(after),
+    }
     ctx.log.append(record)
     if isinstance(before, int) and before == after:
         record["note"] = "everything is kept: no edit"
@@ -34,8 +40,11 @@ def drop(ctx: Context, step: Drop) -> None:
     node = place.node
     dims = ctx.program.axes.of(node)
     if len(dims) != 3:
-        raise EditError("tokens can be dropped from a value [B, T, C]", where=[node_place(node)],
-                        found=f"{tuple(node.meta['val'].shape)}")
+        raise EditError(
+            "tokens can be dropped from a value [B, T, C]",
+            where=[node_place(node)],
+            found=f"{tuple(node.meta['val'].shape)}",
+        )
     if step.positions == "compact":
         _check_positions(ctx, place)
     transport = Transport(ctx.editor, ctx.sites)
@@ -53,8 +62,12 @@ def _check_positions(ctx: Context, place: Place) -> None:
     text = ctx.sites.text_stack()
     if text is None or (place.owner != text[0] and ctx.sites.splice is None) or ctx.sites.rotary[text[0]]:
         return
-    raise EditError(f"positions cannot be compacted: the {text[0]} has no rotary positions", where=[place.address],
-                    found="positions that are added to the embeddings, or none", remedy="use `positions: keep`")
+    raise EditError(
+        f"positions cannot be compacted: the {text[0]} has no rotary positions",
+        where=[place.address],
+        found="positions that are added to the embeddings, or none",
+        remedy="use `positions: keep`",
+    )
 
 
 def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection) -> TokenMap:
@@ -88,9 +101,12 @@ def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) ->
         if base in (cut, patch_axis(ctx, cut)):
             grid = " x ".join(str(a.size) for a in chosen)
             among = f"the grid of {grid}" if len(chosen) > 1 else f"a sequence of {grid}"
-            raise EditError("tokens were chosen among some that an earlier drop removed", where=[place.address],
-                            found=f"a choice from {among} tokens; the sequence here holds {product(resolve(axis))}",
-                            remedy="score tokens after the earlier drop, as it left them")
+            raise EditError(
+                "tokens were chosen among some that an earlier drop removed",
+                where=[place.address],
+                found=f"a choice from {among} tokens; the sequence here holds {product(resolve(axis))}",
+                remedy="score tokens after the earlier drop, as it left them",
+            )
 
 
 def _images(ctx: Context, features: Node, sequence: Node) -> int:

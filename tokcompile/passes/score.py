@@ -46,12 +46,31 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
         rows = axes.of(site.query)[-2]
         if step.queries in ("last", "cls"):
             index = _row_index(ctx, site, place, step, rows)
-            node = ctx.editor.call(tokred.attention_row.default, site.query, key, mask, index, site.scale,
-                                   site.is_causal, site.softcap, step.heads)
+            node = ctx.editor.call(
+                tokred.attention_row.default,
+                site.query,
+                key,
+                mask,
+                index,
+                site.scale,
+                site.is_causal,
+                site.softcap,
+                step.heads,
+            )
         else:
             counted = _rows(ctx, site, place, step, rows)
-            node = ctx.editor.call(tokred.attention_received.default, site.query, key, mask, counted, site.scale,
-                                   site.is_causal, site.softcap, step.heads, step.reduce)
+            node = ctx.editor.call(
+                tokred.attention_received.default,
+                site.query,
+                key,
+                mask,
+                counted,
+                site.scale,
+                site.is_causal,
+                site.softcap,
+                step.heads,
+                step.reduce,
+            )
     return Scores(node, axis)
 
 
@@ -94,8 +113,7 @@ def _rows(ctx: Context, site: Attention, place: Place, step: Score, rows: tuple)
     count = int(str(step.queries).removeprefix("last:"))
     if valid is None:
         shape = [ctx.editor.size(site.query, 0), ctx.editor.size(site.query, 2)]
-        valid = ctx.editor.call(aten.full.default, shape, True, dtype=torch.bool,
-                                device=site.query.meta["val"].device)
+        valid = ctx.editor.call(aten.full.default, shape, True, dtype=torch.bool, device=site.query.meta["val"].device)
     seen = ctx.editor.call(aten.flip.default, valid, [1])
     seen = ctx.editor.call(aten.flip.default, ctx.editor.call(aten.cumsum.default, seen, 1), [1])
     recent = ctx.editor.call(aten.le.Scalar, seen, count)
@@ -106,8 +124,9 @@ def _valued(ctx: Context, step: Score, place: Place) -> Scores:
     node = place.node
     dims = ctx.program.axes.of(node)
     if len(dims) != 3:
-        raise EditError("a score needs a value [B, T, C]", where=[node_place(node)],
-                        found=f"{tuple(node.meta['val'].shape)}")
+        raise EditError(
+            "a score needs a value [B, T, C]", where=[node_place(node)], found=f"{tuple(node.meta['val'].shape)}"
+        )
     with ctx.editor.after(_sources(ctx, step, node)):
         if step.by == "norm":
             made = ctx.editor.call(tokred.token_norm.default, node, float(step.p))

@@ -26,8 +26,9 @@ def select(ctx: Context, step: Select) -> None:
         made = make(ctx, step)
     made.mask.meta["selection"] = step.name
     ctx.values[step.name] = made
-    ctx.log.append({"verb": "select", "name": step.name, "by": step.by, "of": _plain(made.size),
-                    "count": _plain(made.count)})
+    ctx.log.append(
+        {"verb": "select", "name": step.name, "by": step.by, "of": _plain(made.size), "count": _plain(made.count)}
+    )
 
 
 def _plain(length: Length) -> int | str:
@@ -107,8 +108,11 @@ def _vision_group(ctx: Context, scores: Scores) -> tuple[Node, Dim, Node | None,
 def _count(axis: Dim) -> int:
     size = product(resolve(axis))
     if not isinstance(size, int):
-        raise EditError("the number of image tokens is not known when the graph is compiled", found=str(size),
-                        remedy="compile with a static image size")
+        raise EditError(
+            "the number of image tokens is not known when the graph is compiled",
+            found=str(size),
+            remedy="compile with a static image size",
+        )
     return size
 
 
@@ -125,8 +129,11 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
     images = images_per_row(ctx.sites.projector.input, splice.node) if ctx.sites.projector is not None else 1
     if images > 1 and step.per == "image":
-        raise EditError("a budget per image needs the images' own axis", found=f"{images} images in each row",
-                        remedy="use `per: row`, or select at projector.input")
+        raise EditError(
+            "a budget per image needs the images' own axis",
+            found=f"{images} images in each row",
+            remedy="use `per: row`, or select at projector.input",
+        )
     before = ctx.editor.size(splice.node, 1)
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
 
@@ -153,8 +160,11 @@ def _neighbours(ctx: Context, step: Select) -> Selection:
     of = ctx.values[step.of]
     axis = resolve(of.axis)
     if len(axis) != 2 or not all(isinstance(a.size, int) for a in axis):
-        raise EditError("neighbours need the patch grid", found=f"a sequence of {product(axis)} tokens without one",
-                        remedy="choose neighbours on the vision side, before tokens are dropped")
+        raise EditError(
+            "neighbours need the patch grid",
+            found=f"a sequence of {product(axis)} tokens without one",
+            remedy="choose neighbours on the vision side, before tokens are dropped",
+        )
     height, width = (a.size for a in axis)
     offsets = {"cross": CROSS, "square": SQUARE}.get(step.offsets, step.offsets)
     ys, xs = [y for y, _ in offsets], [x for _, x in offsets]

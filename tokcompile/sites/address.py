@@ -89,14 +89,17 @@ def addresses(sites: Sites) -> list[str]:
 
 def _missing(sites: Sites, text: str, why: str, *, whole: bool = True) -> AddressError:
     have = ", ".join(addresses(sites)) or "no attention sites at all"
-    return AddressError(f"address '{text}' matches nothing: {why}", found=f"this graph has {have}",
-                        remedy=_hint(sites, whole))
+    return AddressError(
+        f"address '{text}' matches nothing: {why}", found=f"this graph has {have}", remedy=_hint(sites, whole)
+    )
 
 
 def _hint(sites: Sites, whole: bool) -> str:
     if sites.loose and not sites.stacks:
         return f"{len(sites.loose)} attention sites stand on no residual stream and cannot be addressed"
     if not whole or not sites.stacks:
-        return ("use a rule for what this graph has; if the model has more, this graph is one piece of a model that "
-                "Dynamo split: see docs/capture.md")
+        return (
+            "use a rule for what this graph has; if the model has more, this graph is one piece of a model that "
+            "Dynamo split: see docs/capture.md"
+        )
     return "list them with `tokred sites MODEL`"

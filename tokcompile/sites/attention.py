@@ -63,7 +63,10 @@ def _fused(node: Node) -> Attention | None:
         return None
     scale = node.kwargs.get("scale")
     return Attention(
-        node, *node.args[:3], mask=arg(node, 3, "attn_mask"), is_causal=bool(arg(node, 5, "is_causal", False)),
+        node,
+        *node.args[:3],
+        mask=arg(node, 3, "attn_mask"),
+        is_causal=bool(arg(node, 5, "is_causal", False)),
         scale=_default_scale(node.args[0]) if scale is None else float(scale),
     )
 
@@ -100,8 +103,16 @@ def _by_hand(node: Node) -> Attention | None:
         return None
     query, key = scores.args
     transposed = not (key.target is aten.transpose.int and {d % 4 for d in key.args[1:]} == {2, 3})
-    return Attention(node, query, key if transposed else key.args[0], value, mask=mask, scale=scale, softcap=cap,
-                     key_transposed=transposed)
+    return Attention(
+        node,
+        query,
+        key if transposed else key.args[0],
+        value,
+        mask=mask,
+        scale=scale,
+        softcap=cap,
+        key_transposed=transposed,
+    )
 
 
 def _scaled(node: Node) -> tuple[Node, float]:

@@ -13,8 +13,15 @@ from tokcompile.sites.attention import Attention
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.clone.default,
-          aten.contiguous.default, aten.to.dtype}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.dropout.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.to.dtype,
+}
 _PASSED = _VIEWS | {torch.ops.tokred.gather_tokens.default}
 
 
@@ -72,8 +79,11 @@ def find_stacks(sites: list[Attention], reach: Reach, output: Node) -> list[Stac
 
 
 def _is_add(node: Node) -> bool:
-    return (node.target is aten.add.Tensor and len(node.args) == 2
-            and all(isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in node.args))
+    return (
+        node.target is aten.add.Tensor
+        and len(node.args) == 2
+        and all(isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in node.args)
+    )
 
 
 def _residual(site: Attention, reach: Reach) -> tuple[Node, Node] | None:
@@ -110,8 +120,14 @@ def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: l
 def _last_output(block: Block, reach: Reach) -> Node:
     stream = block.merge
     while True:
-        following = [(u, other) for view in _views(stream) for u in view.users if _is_add(u)
-                     for other in u.args if other is not view]
+        following = [
+            (u, other)
+            for view in _views(stream)
+            for u in view.users
+            if _is_add(u)
+            for other in u.args
+            if other is not view
+        ]
         added = [u for u, other in following if reach.above(block.input, other)]
         if not added:
             rank = block.input.meta["val"].ndim

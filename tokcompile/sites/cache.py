@@ -10,8 +10,17 @@ from torch.fx import Node
 from tokcompile.sites.block import Block
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default,
-          aten.contiguous.default, aten.transpose.int, aten.slice.Tensor, aten.repeat_interleave.self_int}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.repeat_interleave.self_int,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,16 @@ from tokcompile.sites.rotary import Rotary, find_rotary
 from tokcompile.sites.splice import CONVOLUTIONS, Splice, find_splice
 
 aten = torch.ops.aten
-_COMPARE = {aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor, aten.triu.default, aten.tril.default,
-            aten.le.Scalar, aten.ge.Scalar}
+_COMPARE = {
+    aten.le.Tensor,
+    aten.lt.Tensor,
+    aten.ge.Tensor,
+    aten.gt.Tensor,
+    aten.triu.default,
+    aten.tril.default,
+    aten.le.Scalar,
+    aten.ge.Scalar,
+}
 
 
 @dataclass
@@ -69,8 +77,19 @@ def find_sites(program: Program) -> Sites:
     vision = stacks.get("vision")
     projector = find_projector(vision, splice, reach) if vision and splice else None
     strung = {b.attention for s in found for b in s.blocks}
-    sites = Sites(attentions, stacks, [a for a in attentions if a not in strung], splice, projector,
-                  {name: find_rotary(s, reach) for name, s in stacks.items()}, caches, None, None, None, reach)
+    sites = Sites(
+        attentions,
+        stacks,
+        [a for a in attentions if a not in strung],
+        splice,
+        projector,
+        {name: find_rotary(s, reach) for name, s in stacks.items()},
+        caches,
+        None,
+        None,
+        None,
+        reach,
+    )
     text = sites.text_stack()
     if text is not None:
         sites.embedding = _embedding(program, text[1], reach)
@@ -118,8 +137,13 @@ def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | Non
     if mask is None:
         return None
     start = stack.blocks[0].input
-    found = [n for n in program.inputs() if _rows_of_integers(n) and reach.above(n, mask)
-             and not (embedding is not None and reach.above(n, embedding.args[1]))]
+    found = [
+        n
+        for n in program.inputs()
+        if _rows_of_integers(n)
+        and reach.above(n, mask)
+        and not (embedding is not None and reach.above(n, embedding.args[1]))
+    ]
     return min(found, key=lambda n: reach.above(n, start), default=None)
 
 
@@ -132,8 +156,11 @@ def _embedding(program: Program, stack: Stack, reach: Reach) -> Node | None:
     """The token embedding lookup: its indices come from the caller."""
     inputs = program.inputs()
     for node in reach.order:
-        if node.target is aten.embedding.default and reach.any_above(node.args[1], inputs) \
-                and reach.above(node, stack.blocks[0].input):
+        if (
+            node.target is aten.embedding.default
+            and reach.any_above(node.args[1], inputs)
+            and reach.above(node, stack.blocks[0].input)
+        ):
             return node
     return None
 

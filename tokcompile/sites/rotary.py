@@ -38,8 +38,10 @@ def find_rotary(stack: Stack, reach: Reach) -> list[Rotary]:
             if positions is not None:
                 by_positions.setdefault(positions, []).append(node)
     order = reach.order
-    return [Rotary(p, tuple(sorted(t, key=order.__getitem__))) for p, t in
-            sorted(by_positions.items(), key=lambda item: order[item[0]])]
+    return [
+        Rotary(p, tuple(sorted(t, key=order.__getitem__)))
+        for p, t in sorted(by_positions.items(), key=lambda item: order[item[0]])
+    ]
 
 
 def _integer_source(table: Node) -> Node | None:

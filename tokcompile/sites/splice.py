@@ -10,8 +10,15 @@ from torch.fx import Graph, Node
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
-                aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.convolution.default,
+    aten.conv2d.padding,
+    aten.conv1d.padding,
+    aten.conv3d.padding,
+}
 
 
 @dataclass(frozen=True, eq=False)
