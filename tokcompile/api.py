@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokcompile.capture import from_export
 from tokcompile.dynamo import prepare
 from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
+from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
 
 _BEFORE = "_tokcompile_attention_before"
@@ -87,4 +89,13 @@ def rewrite(
     options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
     program = from_export(exported)
     apply_rules(program, parse_rules({**options, **params}))
-    return exported._update(program.gm, exported.graph_signature)
+    return exported._update(program.gm, _signature(exported.graph_signature, program))
+
+
+def _signature(old: torch.export.ExportGraphSignature, program: Program) -> torch.export.ExportGraphSignature:
+    """The signature with the names that the outputs have now; what they are, and their order, stays."""
+    outputs = [
+        replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, torch.fx.Node) else spec
+        for spec, node in zip(old.output_specs, program.output.args[0], strict=True)
+    ]
+    return torch.export.ExportGraphSignature(old.input_specs, outputs)

@@ -16,6 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from tokcompile.canonical import canonicalise
 from tokcompile.dynamo import prepare
 from tokcompile.errors import CaptureError
+from tokcompile.inline import inline_regions
 from tokcompile.program import Program
 
 
@@ -66,6 +67,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     """Read an exported program. Its graph module is copied, so the caller's program stays as it is."""
     kinds = torch.export.graph_signature.InputKind
     gm = copy.deepcopy(exported.graph_module)
+    inline_regions(gm)
     fakes = [n.meta.get("val") for n in gm.graph.nodes]
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None) or FakeTensorMode()
     program = Program(gm, mode, origin="export")

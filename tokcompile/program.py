@@ -61,8 +61,9 @@ class Program:
         return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin)
 
     def inputs(self, kind: str = "input") -> list[Node]:
-        """Placeholders of one kind, in order."""
-        return [n for n in self.graph.nodes if n.op == "placeholder" and self.kinds.get(n) == kind]
+        """Placeholders of one kind that hold tensors, in order; an exported program also has constants among them."""
+        placeholders = (n for n in self.graph.nodes if n.op == "placeholder" and self.kinds.get(n) == kind)
+        return [n for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
 def place(node: Node) -> str:

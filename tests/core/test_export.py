@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import tokcompile
+from tokcompile.capture import from_export
 
 RULES = {
     "fastv": ({"keep": 5}, lambda m, i: naive.run(m, i, [naive.fastv(2, 5)])),
@@ -86,6 +87,47 @@ def test_a_rewritten_program_decomposes_exports_and_saves_again(rule: str, tmp_p
     assert difference(again.module()(**inputs), expected) == 0
     torch.export.save(rewritten, tmp_path / "pruned.pt2")
     assert difference(torch.export.load(tmp_path / "pruned.pt2").module()(**inputs), expected) == 0
+
+
+def test_a_program_that_was_exported_with_gradients_on() -> None:
+    """transformers computes rotary tables under no_grad, which such an export closes off in a graph of its own."""
+    model = fleet.build("llava")
+    inputs = fleet.example(model, 2, (1, 0))
+    model(**inputs)
+    program = torch.export.export(Logits(model), (), inputs)
+    assert any("wrap_with_set_grad_enabled" in str(n.target) for n in program.graph.nodes)
+    rewritten = tokcompile.rewrite(program, "random", keep=5)
+    out = rewritten.module()(**inputs)
+    assert difference(out.detach(), naive.run(model, inputs, [naive.random(5)]).logits) == 0
+    out.sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_region_under_autocast_is_opened_when_it_is_off(enabled: bool) -> None:
+    class Region(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return x @ x.mT
+
+    x = torch.rand(2, 3, 4)
+    program = torch.export.export(Region(), (x,))
+    opened = from_export(program)
+    assert any("autocast" in str(n.target) for n in program.graph.nodes)
+    assert any("autocast" in str(n.target) for n in opened.graph.nodes) == enabled
+    (out,) = opened.gm(x)
+    assert torch.equal(out, Region()(x))
+
+
+def test_constants_among_the_inputs_are_no_tensors() -> None:
+    """`use_cache=False` as an argument is a placeholder of its own."""
+    model = fleet.build("llava")
+    inputs = fleet.example(model, 2, (1, 0)) | {"use_cache": False}
+    with torch.no_grad():
+        model(**inputs)
+        program = torch.export.export(model, (), inputs, strict=False)
+    rewritten = tokcompile.rewrite(program, "fastv", keep=5)
+    assert difference(rewritten.module()(**inputs).logits, naive.run(model, inputs, [naive.fastv(2, 5)]).logits) == 0
 
 
 def test_a_dynamic_length_stays_dynamic() -> None:
