@@ -17,10 +17,14 @@ _CASTS = {
     aten.alias.default,
     aten.contiguous.default,
 }
+_COPY = aten.copy_.default
+_BUFFERS = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default}
 
 
 def canonicalise(graph: Graph) -> int:
     """Remove casts, slices and concatenations that return their input, and constants nobody reads.
+
+    A buffer that is filled part by part becomes the concatenation that it is.
 
     Returns:
         How many nodes were removed. Results of the graph stay bit-for-bit the same.
@@ -28,6 +32,9 @@ def canonicalise(graph: Graph) -> int:
     before = len(graph.nodes)
     for node in list(graph.nodes):
         if node.op != "call_function":
+            continue
+        if node.target in _BUFFERS:
+            _join_parts(graph, node)
             continue
         if node.target is aten.narrow.default and all(isinstance(n, int) and n >= 0 for n in node.args[2:4]):
             value, dim, start, length = node.args  # a slice under another name
@@ -38,6 +45,47 @@ def canonicalise(graph: Graph) -> int:
             graph.erase_node(node)
     _drop_dead_constants(graph)
     return before - len(graph.nodes)
+
+
+def _join_parts(graph: Graph, buffer: Node) -> None:
+    """Turn an empty tensor into whose slices along one dimension values are copied into their concatenation."""
+    parts = [u for u in buffer.users if u.target is aten.slice.Tensor and [c.target for c in u.users] == [_COPY]]
+    copies = [next(iter(p.users)) for p in parts]
+    readers = [u for u in buffer.users if u not in parts]
+    dims = {p.args[1] for p in parts}
+    if len(parts) < 2 or len(dims) != 1 or not readers or any(c.users for c in copies):
+        return
+    (dim,) = dims
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    last = max(order[c] for c in copies)
+    if not _covers(buffer, parts, dim) or any(order[r] < last for r in readers):
+        return
+    if not all(_fills(c.args[1].meta["val"], p.meta["val"]) for p, c in zip(parts, copies, strict=True)):
+        return
+    with graph.inserting_before(min(readers, key=order.__getitem__)):
+        joined = graph.call_function(aten.cat.default, ([c.args[1] for c in copies], dim))
+    joined.meta = dict(copies[-1].meta) | {"val": buffer.meta["val"]}
+    for node in copies + parts:
+        graph.erase_node(node)
+    buffer.replace_all_uses_with(joined)
+    graph.erase_node(buffer)
+
+
+def _fills(value: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether copying a value into a part neither casts nor broadcasts it."""
+    alike = value.dtype == part.dtype and value.ndim == part.ndim
+    return alike and all(same(size_of(a), size_of(b)) for a, b in zip(value.shape, part.shape, strict=True))
+
+
+def _covers(buffer: Node, parts: list[Node], dim: int) -> bool:
+    offset: object = 0
+    for part in parts:
+        start, end = part.args[2] or 0, part.args[3]
+        size = part.meta["val"].shape[dim]
+        if not isinstance(size, int) or start != offset or len(part.args) > 4 or end < start + size:
+            return False
+        offset = start + size
+    return offset == buffer.meta["val"].shape[dim]
 
 
 def _passes_through(node: Node) -> Node | None:

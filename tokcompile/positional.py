@@ -9,11 +9,13 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import resolve
-from tokcompile.axes.rules import MAX, arg, source, wrap
+from tokcompile.axes.context import MAX, arg, wrap
 from tokcompile.axes.rules import RULES as AXIS_RULES
-from tokcompile.edit import sub
+from tokcompile.axes.rules import ordered, source, unsorted
+from tokcompile.edit import add, sub
 from tokcompile.errors import EditError
 from tokcompile.program import place
+from tokcompile.shapes import flat_size
 
 if TYPE_CHECKING:
     from tokcompile.tokenmap import TokenMap, Transport
@@ -31,6 +33,8 @@ _BY_INDEX = {
     aten.index_fill.int_Scalar,
     aten.index_fill.int_Tensor,
 }
+_WRITTEN = {aten.index_put.default, aten.index_put_.default}
+_PLACES = {aten.select.int, aten.slice.Tensor, aten.cat.default, aten.concat.default}
 _TRIANGLES = {aten.triu.default, aten.tril.default}
 
 
@@ -51,18 +55,30 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     """
     _refuse_indices(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
+    if token_map.reordered and node.target in _PLACES:
+        _refuse_order(transport, node, token_map, edited[0])
     if node.target is aten.select.int:
         return _select(transport, node, token_map, edited[0])
     if node.target is aten.slice.Tensor:
         return _slice(transport, node, token_map, edited[0])
     if node.target in (aten.cat.default, aten.concat.default):
         return _cat(transport, node, token_map, edited[0])
+    if AXIS_RULES.get(node.target) is ordered:
+        return _sort(transport, node, token_map)
+    if unsorted(node) is not None:
+        return _unsort(transport, node, token_map)
     if node.target in _ORDERED:
         moved = node.args[_ORDERED[node.target]]
         moved = [moved] if isinstance(moved, int) else moved
         if any(wrap(d, len(transport.of(edited[0]))) in transport.where(edited[0], token_map.axis) for d in moved):
             raise EditError("the model reorders tokens after the place of the edit", where=[place(node)])
     return None
+
+
+def _refuse_order(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> None:
+    where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
+    if where in transport.where(value, token_map.axis):
+        raise EditError("the model takes tokens by their place in a sorted order", where=[place(node)])
 
 
 def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> None:
@@ -74,7 +90,7 @@ def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> No
     rank = len(transport.of(value))
     if node.target is aten.embedding.default:
         used = {0}
-    elif node.target is aten.index.Tensor:
+    elif node.target is aten.index.Tensor or (node.target in _WRITTEN and unsorted(node) is None):
         used = {i for i, index in enumerate(node.args[1]) if index is not None}
     elif node.target in _BY_INDEX:
         dim = arg(node, 1, "dim", 0 if node.target is aten.unbind.int else None)
@@ -83,7 +99,7 @@ def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> No
         used = {rank - 2, rank - 1}
     else:
         return
-    if used & set(spots):
+    if used & set(spots) and not _chosen_anew(transport, node, token_map):
         raise EditError(
             "the model picks tokens by their number after the place of the edit",
             where=[place(node)],
@@ -141,28 +157,29 @@ def _long_slice(
     transport: Transport, node: Node, token_map: TokenMap, where: int, start: int, end: int | None
 ) -> TokenMap:
     """All tokens but a fixed number at the ends: those must have stayed, and the rest follows the map."""
-    editor = transport.editor
+    editor, axis = transport.editor, transport.of(node)[where]
+    stop = MAX if end is None else end
+    editor.set_args(node, [node.args[0], node.args[1], start, stop])
+    node.meta["val"] = editor.evaluate(node)
+    if token_map.parent is not None and resolve(token_map.parent.axis) == axis:
+        return token_map.parent  # what was joined is taken off again
     if start:
         _require_kept(transport, node, token_map, 0, start)
     if end is not None:
         _require_kept(transport, node, token_map, end, MAX)
     gone = start - (end or 0)
-    stop = MAX if end is None else end
     source_ = editor.call(aten.slice.Tensor, token_map.source, 1, start, stop)
     if start:
         source_ = editor.call(aten.sub.Tensor, source_, start)
-    keep = editor.call(aten.slice.Tensor, token_map.keep, 1, start, stop)
-    made = replace(
+    return replace(
         token_map,
-        axis=transport.of(node)[where],
+        axis=axis,
         source=source_,
-        keep=keep,
+        keep=editor.call(aten.slice.Tensor, token_map.keep, 1, start, stop),
         old=editor.arithmetic(sub, token_map.old, gone),
         new=editor.arithmetic(sub, token_map.new, gone),
+        parent=None,
     )
-    editor.set_args(node, [node.args[0], node.args[1], start, stop])
-    node.meta["val"] = editor.evaluate(node)
-    return made
 
 
 def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int) -> None:
@@ -172,6 +189,46 @@ def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: 
         f"a dropped token is read by its place in {place(node)}: keep it, as a select step "
         "`by: protect` does for the first and the last",
     )
+
+
+def _chosen_anew(transport: Transport, node: Node, token_map: TokenMap) -> bool:
+    """Whether the numbers come from a sort of the tokens that are left, or lead back from one."""
+    if node.target is not aten.index.Tensor:
+        return False
+    for index in node.args[1]:
+        maps = transport.edited.get(index, []) if index is not None else []
+        if index is not None and not any(m.parent is token_map or token_map.parent is m for m in maps):
+            return False
+    return True
+
+
+def _sort(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
+    """Tokens in an order that is computed from what is left of them, as experts are given their tokens."""
+    before, after = transport.of(node.args[0]), [resolve(d) for d in transport.axes.context.dims[node][0]]
+    where = next((i for i, (one, two) in enumerate(zip(before, after, strict=True)) if one != two), None)
+    if where not in transport.where(node.args[0], token_map.axis):
+        return None
+    if token_map.reordered:
+        raise EditError("the model sorts tokens that it has sorted before", where=[place(node)])
+    new = flat_size(transport, node, before[where], token_map)
+    old = flat_size(transport, node, before[where], replace(token_map, new=token_map.old))
+    node.meta["val"] = transport.editor.evaluate(node)
+    return replace(token_map, axis=after[where], rows=(), old=old, new=new, parent=token_map, reordered=True)
+
+
+def _unsort(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
+    """The inverse of a sort: the numbers that it writes are those of the tokens that are left."""
+    if not token_map.reordered:
+        return None
+    editor, values = transport.editor, node.args[2]
+    count = editor.call(aten.arange.default, token_map.new, **_like(values))
+    editor.set_args(node, [node.args[0], node.args[1], count, *node.args[3:]])
+    node.meta["val"] = editor.evaluate(node)
+    return token_map.parent
+
+
+def _like(values: Node) -> dict[str, Any]:
+    return {"dtype": values.meta["val"].dtype, "device": values.meta["val"].device}
 
 
 def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
@@ -185,12 +242,53 @@ def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> 
         return None  # rows stacked, each with the same axis: the axis itself goes through
     if sum(d == axis for d in dims) != 1:
         raise EditError("tokens are joined with others of the same sequence", where=[place(node)])
-    raise EditError(
-        "edited tokens are joined with others after the place of the edit",
-        where=[place(node)],
-        found="a non-empty KV cache, or tokens that the model adds",
-        remedy="prune in the first prefill of a conversation, or edit after the join",
-    )
+    if token_map.reordered or not _made_here(transport, parts, where, axis):
+        raise EditError(
+            "edited tokens are joined with others after the place of the edit",
+            where=[place(node)],
+            found="a non-empty KV cache, or tokens that another sequence brings",
+            remedy="prune in the first prefill of a conversation, or edit after the join",
+        )
+    return _joined(transport, node, token_map, where, dims.index(axis))
+
+
+def _made_here(transport: Transport, parts: list[Node], where: int, axis: Any) -> bool:
+    """Whether all that is joined with the tokens has a fixed length: register tokens, the column of a sink."""
+    others = [v for v in parts if transport.of(v)[where] != axis]
+    cached = any(n.op == "placeholder" for v in others for n in (v, *v.all_input_nodes) if _is_input(transport, n))
+    return not cached and all(isinstance(v.meta["val"].shape[where], int) for v in others)
+
+
+def _is_input(transport: Transport, node: Node) -> bool:
+    return transport.editor.program.kinds.get(node) == "input"
+
+
+def _joined(transport: Transport, node: Node, token_map: TokenMap, where: int, own: int) -> TokenMap:
+    """The map of a sequence that joins the tokens with others, all of which stay."""
+    editor = transport.editor
+    for value in list(node.args[0]):
+        if token_map not in transport.edited.get(value, []):
+            transport.bring(node, value, token_map)
+    sizes = [v.meta["val"].shape[where] for v in node.args[0]]
+    before, after = sum(sizes[:own]), sum(sizes[own + 1 :])
+    source_ = editor.call(aten.add.Tensor, token_map.source, before) if before else token_map.source
+    keep = token_map.keep
+    rows = editor.size(source_, 0)
+    device = source_.meta["val"].device
+    old = editor.arithmetic(add, token_map.old, before + after)
+    new = editor.arithmetic(add, token_map.new, before + after)
+    for count, start in ((before, 0), (after, editor.arithmetic(add, token_map.old, before))):
+        if count:
+            end = editor.arithmetic(add, start, count)
+            index = editor.call(aten.arange.start, start, end, device=device)
+            index = editor.call(aten.expand.default, index, [rows, count])
+            stays = editor.call(aten.new_full.default, keep, [editor.size(keep, 0), count], True)
+            first = count == before and start == 0
+            source_ = editor.call(aten.cat.default, [index, source_] if first else [source_, index], 1)
+            keep = editor.call(aten.cat.default, [stays, keep] if first else [keep, stays], 1)
+    node.meta["val"] = editor.evaluate(node)
+    axis = transport.of(node)[where]
+    return replace(token_map, axis=axis, source=source_, keep=keep, old=old, new=new, parent=token_map)
 
 
 def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:

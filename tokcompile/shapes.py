@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,13 @@ if TYPE_CHECKING:
     from tokcompile.tokenmap import TokenMap, Transport
 
 aten = torch.ops.aten
-_SHAPE_AT = {aten.view.default: 1, aten.reshape.default: 1, aten._unsafe_view.default: 1, aten.expand.default: 1}
+_SHAPE_AT = {
+    aten.view.default: 1,
+    aten.reshape.default: 1,
+    aten._unsafe_view.default: 1,
+    aten.expand.default: 1,
+    aten.broadcast_to.default: 1,
+}
 _SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 
 
@@ -59,26 +67,27 @@ def _repaired_sizes(transport: Transport, node: Node, sizes: list[Any], token_ma
 def _sizes_for(transport: Transport, node: Node, dims: list[Dim], sizes: list[Any], token_map: TokenMap) -> list[Any]:
     axis = resolve(token_map.axis)
     return [
-        _new_size(transport, node, dim, token_map) if contains(dim, axis) and size != -1 else size
+        flat_size(transport, node, dim, token_map) if contains(dim, axis) and size != -1 else size
         for dim, size in zip(dims, sizes, strict=True)
     ]
 
 
-def _new_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -> Length:
+def flat_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -> Length:
+    """Size, after the edit, of a dimension that may hold other factors beside the tokens."""
     others = tuple(a for a in dim if a not in resolve(token_map.axis))
-    factor = product(others)
-    if isinstance(factor, int):
-        lengths: list[Length] = [factor]
-    elif others == resolve(token_map.rows):
-        lengths = [transport.editor.size(token_map.source, 0)]
-    else:
+    named = tuple(a for a in others if not isinstance(a.size, int))
+    factor = product(tuple(a for a in others if isinstance(a.size, int)))
+    lengths: list[Length] = [token_map.new, factor]
+    if named and named == resolve(token_map.rows):
+        lengths.append(transport.editor.size(token_map.source, 0))
+    elif named:
         raise EditError(
             "a shape mixes the token axis with a symbolic size that an edit cannot name",
             where=[place(node)],
             found=f"dimension {dim}",
         )
     with transport.editor.before(node):
-        return transport.editor.arithmetic(lambda a, b: a * b, token_map.new, lengths[0])
+        return transport.editor.arithmetic(lambda *sizes: reduce(mul, sizes), *lengths)
 
 
 def _splits_rows(transport: Transport, node: Node, token_map: TokenMap) -> bool:

@@ -39,6 +39,9 @@ class TokenMap:
         keep: bool [B, T]: the old tokens that stay.
         old, new: T and T'.
         positions: `keep` or `compact`, what happens to rotary coordinates.
+        parent: the map that this one follows from; None for a map that a pass made.
+        reordered: the axis is an order that the model sorts tokens into: computed anew on the tokens that are left, so
+            that no value made for the old tokens fits it, and `source` and `keep` are those of the parent.
     """
 
     axis: Dim
@@ -48,6 +51,18 @@ class TokenMap:
     old: Length
     new: Length
     positions: str = "keep"
+    parent: TokenMap | None = None
+    reordered: bool = False
+
+
+def _writes(user: Node, value: Node) -> bool:
+    """Whether a user changes a value in place."""
+    return (
+        isinstance(user.target, torch._ops.OpOverload)
+        and user.target._schema.is_mutable
+        and bool(user.args)
+        and user.args[0] is value
+    )
 
 
 class Transport:
@@ -149,10 +164,10 @@ class Transport:
             if derived is None:
                 for value in list(node.all_input_nodes):
                     if token_map not in self.edited.get(value, []):
-                        self._bring(node, value, token_map)
-        token_map = derived or token_map
-        if self._holds(node, token_map.axis):
-            self.mark(node, token_map)
+                        self.bring(node, value, token_map)
+        for each in dict.fromkeys((token_map, derived or token_map)):
+            if self._holds(node, each.axis):
+                self.mark(node, each)
         if derived is None:
             repair(self, node, token_map)
 
@@ -165,10 +180,24 @@ class Transport:
         lists = self.axes.context.dims.get(node, [])
         return any(contains(resolve(d), resolve(axis)) for dims in lists for d in dims)
 
-    def _bring(self, user: Node, value: Node, token_map: TokenMap) -> None:
+    def bring(self, user: Node, value: Node, token_map: TokenMap) -> None:
         """Let a value from outside the region follow the map before its user reads it."""
         if not isinstance(value.meta.get("val"), torch.Tensor) or not self.where(value, token_map.axis):
             return
+        if token_map.reordered:
+            raise EditError(
+                "a value that was made for all tokens meets tokens in another order",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
+                remedy="drop tokens further down",
+            )
+        if any(_writes(u, value) for u in value.users):
+            raise EditError(
+                "a value that the model writes in place cannot be gathered",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
+                remedy="drop tokens further down",
+            )
         self.editor.swap_input(user, value, self._brought(value, token_map, self._align(user, value, token_map)))
 
     def _align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:

@@ -158,6 +158,23 @@ def _heads(x: Tensor) -> Tensor:
     return x.view(x.shape[0], x.shape[1], 2, 3).transpose(1, 2)
 
 
+def _by_expert(x: Tensor, w: Tensor) -> Tensor:
+    """Each token goes to two experts, sorted by expert on the way, as a mixture of experts does."""
+    flat = x.reshape(-1, WIDE)
+    weights, experts = (flat @ w).softmax(-1).topk(2, -1)
+    order = experts.reshape(-1).sort().indices
+    sorted_rows = flat[order // 2] * weights.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    return sorted_rows[back].view(flat.shape[0], 2, WIDE).sum(1).reshape(x.shape)
+
+
+def _written(x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = x.clone()
+    out[:, i] = w[0]
+    return out
+
+
 FOLLOWED = {
     "pointwise": lambda x, w, i: x.relu() * 2 + x,
     "linear-on-flat-rows": lambda x, w, i: F.linear(x.reshape(-1, WIDE), w).view(x.shape),
@@ -176,6 +193,10 @@ FOLLOWED = {
     "norm": lambda x, w, i: F.layer_norm(x, [WIDE], w[0]),
     "new-ones": lambda x, w, i: x * x.new_ones(x.shape[:2])[..., None],
     "cumulative": lambda x, w, i: x.cumsum(1),
+    "joined": lambda x, w, i: torch.cat([torch.zeros(2, 1, WIDE), x, torch.ones(2, 2, WIDE)], 1).cumsum(1),
+    "a-sink": lambda x, w, i: torch.cat([x @ x.mT, w[:1, :1].expand(2, x.shape[1], 1)], -1).softmax(-1)[..., :-1] @ x,
+    "sorted": lambda x, w, i: x.sort(1).values,
+    "sorted-and-back": lambda x, w, i: _by_expert(x, w),
     "flip-of-features": lambda x, w, i: x.flip(2),
 }
 
@@ -240,14 +261,16 @@ REFUSED = {
     "roll": lambda x, w, i: x.roll(1, 1),
     "every-other": lambda x, w, i: x[:, ::2],
     "middle": lambda x, w, i: x[:, 2:4],
-    "joined": lambda x, w, i: torch.cat([x, torch.ones(2, 1, WIDE)], 1),
     "joined-with-itself": lambda x, w, i: torch.cat([x, x], 1)[:, :7],
     "convolution": lambda x, w, i: F.conv1d(x.mT, w[:, :, None].expand(WIDE, WIDE, 3), padding=1),
     "triangle": lambda x, w, i: x.tril(),
     "scatter": lambda x, w, i: x.scatter(1, i[:, None, None], 1.0),
     "patches": lambda x, w, i: x.view(2, 2, 3, WIDE).transpose(1, 2),
     "table": lambda x, w, i: F.embedding(i, x[0]),
-    "sorted": lambda x, w, i: x.sort(1).values,
+    "first-of-a-sorted-order": lambda x, w, i: x.sum(-1).sort(1).values[:, :2],
+    "rows-in-a-sorted-order": lambda x, w, i: x.sum(-1).reshape(-1).sort().values[:8] * torch.arange(8),
+    "values-for-a-sorted-order": lambda x, w, i: x.sum(-1).reshape(-1).sort().values * torch.arange(12),
+    "written-by-number": lambda x, w, i: _written(x, w, i),
     "dropped-first": lambda x, w, i: x[:, :2],
     "a-dropped-token": lambda x, w, i: x[:, 3] * 2,
 }

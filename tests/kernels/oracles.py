@@ -41,7 +41,13 @@ def dilated(mask: Tensor, offsets: list[tuple[int, int]], height: int, width: in
 
 
 def probabilities(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, softcap: float
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax probabilities float64 [B, H, Tq, Tk]; fully masked rows are 0."""
     key = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -52,7 +58,10 @@ def probabilities(
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
     if is_causal:
         logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    return logits.softmax(-1).nan_to_num(0.0)
+    if sinks is None:
+        return logits.softmax(-1).nan_to_num(0.0)
+    column = sinks.double().expand(logits.shape[:2])[..., None, None].expand(*logits.shape[:3], 1)
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
 
 
 def over_heads(x: Tensor, heads: str) -> Tensor:

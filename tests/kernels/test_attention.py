@@ -65,6 +65,27 @@ def test_row_equals_the_oracle(case, heads):
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(attentions(), st.sampled_from(_attention.HEADS), st.booleans())
+def test_sinks_take_their_share(case, heads, by_row):
+    query, key, mask, causal, softcap = case
+    batch, count, tokens, _ = query.shape
+    sinks = torch.randn(batch, count) if by_row else torch.randn(count)
+    p = oracles.probabilities(query, key, mask, 0.5, causal, softcap, sinks)
+    got = ops.attention_received(query, key, mask, None, 0.5, causal, softcap, heads, "mean", sinks)
+    torch.testing.assert_close(got.double(), oracles.received(p, None, heads, "mean"), rtol=1e-4, atol=1e-5)
+    index = torch.randint(tokens, (batch,))
+    got = ops.attention_row(query, key, mask, index, 0.5, causal, softcap, heads, sinks)
+    want = oracles.over_heads(torch.stack([p[b, :, i] for b, i in enumerate(index.tolist())]), heads)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_of_another_number_of_heads_are_refused():
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="sinks must be"):
+        ops.attention_row(query, query, None, torch.zeros(1, dtype=torch.int64), 1.0, False, 0.0, "mean", torch.ones(3))
+
+
 def test_long_sequences_are_cut_into_blocks_of_rows(monkeypatch):
     query, key = torch.randn(2, 2, 37, 4), torch.randn(2, 2, 23, 4)
     mask, rows = make_mask("additive", 2, 2, 37, 23), torch.rand(2, 37) > 0.5

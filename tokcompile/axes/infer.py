@@ -9,7 +9,9 @@ import torch
 from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import Dim, fresh, resolve, size_of
-from tokcompile.axes.rules import OURS, RULES, Context, Dims, attention, masked_scatter, matmul, pointwise
+from tokcompile.axes.context import Context, Dims
+from tokcompile.axes.products import attention, matmul
+from tokcompile.axes.rules import NAMED, OURS, RULES, masked_scatter, pointwise
 
 
 @dataclass
@@ -78,6 +80,8 @@ def _rule(node: Node) -> Any:
         return None
     if node.target.namespace == "tokred":
         return OURS.get(node.target._schema.name.split("::")[1])
+    if node.target.namespace != "aten":
+        return NAMED.get(node.target._schema.name.split("::")[1])
     if torch.Tag.pointwise in node.target.tags:
         return pointwise
     return None

@@ -13,46 +13,24 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.axes.atoms import Atom, Dim, fresh, product, regroup, resolve, same, size_of, unify
+from tokcompile.axes.atoms import fresh, product, resolve, size_of
+from tokcompile.axes.context import Context, Dims, arg, shape, wrap
+from tokcompile.axes.products import addmm, attention, conv, grouped, linear, matmul
+from tokcompile.axes.views import (
+    cat,
+    expand,
+    permute,
+    pieces,
+    select,
+    slice_,
+    squeeze,
+    stack,
+    transpose,
+    unsqueeze,
+    view,
+)
 
 aten = torch.ops.aten
-Dims = list[Dim]
-MAX = 2**62  # slice ends at or past this mean "to the end"
-
-
-class Context:
-    """What a rule sees of the graph: the dimensions found so far, and arguments by schema name."""
-
-    def __init__(self) -> None:
-        self.dims: dict[Node, Any] = {}
-        self.conflicts: list[tuple[Node, str]] = []
-
-    def of(self, node: Any) -> Dims:
-        """Dimensions of a tensor node, most significant first; [] for anything else."""
-        return self.dims.get(node, []) if isinstance(node, Node) else []
-
-    def unify(self, node: Node, left: Dim, right: Dim) -> None:
-        """Unify and remember a conflict with the node that asked for it."""
-        if not unify(left, right):
-            self.conflicts.append((node, f"{resolve(left)} against {resolve(right)}"))
-
-
-def arg(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """One argument of an operator call, however it was passed."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def shape(node: Node) -> list[Any]:
-    """Sizes of a node's (first) result as ints or expressions."""
-    value = node.meta["val"]
-    return [size_of(s) for s in value.shape]
-
-
-def wrap(dim: int, rank: int) -> int:
-    """Give a negative dimension its positive number."""
-    return dim + rank if dim < 0 else dim
 
 
 def pointwise(ctx: Context, node: Node) -> Dims:
@@ -85,226 +63,9 @@ def norm(ctx: Context, node: Node) -> Dims:
     return dims
 
 
-def view(ctx: Context, node: Node) -> Dims:
-    """view, reshape, flatten, unflatten: the same atoms, grouped anew."""
-    return regroup(ctx.of(node.args[0]), shape(node))
-
-
-def linear(ctx: Context, node: Node) -> Dims:
-    """[..., in] x [out, in] -> [..., out]."""
-    left, weight = ctx.of(node.args[0]), ctx.of(node.args[1])
-    ctx.unify(node, left[-1], weight[-1])
-    return [*left[:-1], *weight[:-1]]
-
-
-def addmm(ctx: Context, node: Node) -> Dims:
-    """[n, k] x [k, m] plus a broadcast term."""
-    left, right = ctx.of(node.args[1]), ctx.of(node.args[2])
-    ctx.unify(node, left[-1], right[0])
-    return [left[0], right[1]]
-
-
-def matmul(ctx: Context, node: Node) -> Dims:
-    """Batched matrix product with broadcast leading dimensions."""
-    left, right = ctx.of(node.args[0]), ctx.of(node.args[1])
-    if len(left) == 1 or len(right) == 1:
-        ctx.unify(node, left[-1], right[-2] if len(right) > 1 else right[0])
-        return [*left[:-1], *(right[:-2] if len(right) > 1 else []), *(right[-1:] if len(right) > 1 else [])]
-    ctx.unify(node, left[-1], right[-2])
-    rank = max(len(left), len(right)) - 2
-    batch: Dims = []
-    for offset in range(rank, 0, -1):
-        pair = [dims[-2 - offset] for dims in (left, right) if len(dims) >= 2 + offset]
-        pair = [dim for dim in pair if dim] or [()]
-        for other in pair[1:]:
-            ctx.unify(node, pair[0], other)
-        batch.append(pair[0])
-    return [*batch, left[-2], right[-1]]
-
-
-def attention(ctx: Context, node: Node) -> Dims:
-    """Fused attention: key tokens align with value tokens, mask rows with queries, mask columns with keys."""
-    query, key, value = (ctx.of(a) for a in node.args[:3])
-    ctx.unify(node, query[-1], key[-1])
-    ctx.unify(node, key[-2], value[-2])
-    for position in range(len(query) - 2):
-        if same(product(query[position]), product(key[position])):
-            ctx.unify(node, query[position], key[position])
-        ctx.unify(node, key[position], value[position])
-    mask = ctx.of(arg(node, 3, "attn_mask"))
-    if node.target is not aten.scaled_dot_product_attention.default:  # the two-dimensional padding mask
-        ctx.unify(node, mask[0], query[0])
-        if mask and same(product(mask[-1]), product(key[-2])):
-            ctx.unify(node, mask[-1], key[-2])
-    elif mask:
-        ctx.unify(node, mask[-1], key[-2])
-        if len(mask) > 1:
-            ctx.unify(node, mask[-2], query[-2])
-        if len(mask) > 3:
-            ctx.unify(node, mask[0], query[0])
-    return [*query[:-1], value[-1]]
-
-
-def transpose(ctx: Context, node: Node) -> Dims:
-    """Swap two dimensions."""
-    dims = list(ctx.of(node.args[0]))
-    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
-        one, two = (-2, -1) if len(dims) > 1 else (0, 0)
-    else:
-        one, two = node.args[1], node.args[2]
-    dims[one], dims[two] = dims[two], dims[one]
-    return dims
-
-
-def permute(ctx: Context, node: Node) -> Dims:
-    """Reorder dimensions."""
-    dims = ctx.of(node.args[0])
-    return [dims[i] for i in node.args[1]]
-
-
-def unsqueeze(ctx: Context, node: Node) -> Dims:
-    """Insert a dimension of size 1."""
-    dims = list(ctx.of(node.args[0]))
-    dims.insert(wrap(node.args[1], len(dims) + 1), ())
-    return dims
-
-
-def squeeze(ctx: Context, node: Node) -> Dims:
-    """Remove dimensions of size 1."""
-    dims = ctx.of(node.args[0])
-    which = arg(node, 1, "dim")
-    rank = len(dims)
-    chosen = range(rank) if which is None else [wrap(d, rank) for d in ([which] if isinstance(which, int) else which)]
-    return [dim for i, dim in enumerate(dims) if not (i in chosen and same(product(dim), 1))]
-
-
-def select(ctx: Context, node: Node) -> Dims:
-    """Take one index of a dimension."""
-    dims = list(ctx.of(node.args[0]))
-    del dims[node.args[1]]
-    return dims
-
-
-def slice_(ctx: Context, node: Node) -> Dims:
-    """Take a range of a dimension: a whole segment of a concatenation is known by its own atom."""
-    dims = list(ctx.of(node.args[0]))
-    where = wrap(arg(node, 1, "dim", 0), len(dims))
-    start, end, step = (_bound(arg(node, i, name)) for i, name in ((2, "start"), (3, "end"), (4, "step")))
-    dims[where] = sub_range(dims[where], start, end, 1 if step is None else step, shape(node)[where])
-    return dims
-
-
-def _bound(value: Any) -> Any:
-    """A bound of a range as an int or expression; None for an open one."""
-    value = value.meta["val"] if isinstance(value, Node) else value
-    return None if value is None else size_of(value)
-
-
-def sub_range(dim: Dim, start: Any, end: Any, step: Any, size: Any) -> Dim:
-    """Dimension of `[start:end:step]` of a dimension, given the size of the result."""
-    dim = resolve(dim)
-    if same(product(dim), size):
-        return dim
-    if len(dim) != 1 or step != 1 or not isinstance(start or 0, int):
-        return fresh(size)
-    atom, start = dim[0], start or 0
-    end = None if end is None or (isinstance(end, int) and end >= MAX) else end
-    segment = _segment(atom, start, end)
-    if segment is not None:
-        return segment
-    key = (start, end if isinstance(end, int) or end is None else str(end))
-    if key not in atom.slices:
-        made = fresh(size)
-        if not made:
-            return ()
-        atom.slices[key] = made[0]
-    return (atom.slices[key],)
-
-
-def _segment(atom: Atom, start: int, end: Any) -> Dim | None:
-    if atom.segments is None:
-        return None
-    sizes = [product(s) for s in atom.segments]
-    offset = 0
-    for index, size in enumerate(sizes):
-        if not isinstance(offset, int):
-            return None
-        last = index == len(sizes) - 1
-        if offset == start and ((end is None and last) or (end is not None and same(offset + size, end))):
-            return resolve(atom.segments[index])
-        offset = offset + size
-    return None
-
-
-def cat(ctx: Context, node: Node) -> Dims:
-    """Concatenate: other dimensions align; the joined one remembers its segments."""
-    values = [v for v in node.args[0] if not _legacy_empty(v)]
-    where = wrap(arg(node, 1, "dim", 0), len(ctx.of(values[0])))
-    out = list(ctx.of(values[0]))
-    for value in values[1:]:
-        for position, dim in enumerate(ctx.of(value)):
-            if position != where:
-                ctx.unify(node, out[position], dim)
-                out[position] = out[position] or dim
-    if len(values) > 1:
-        out[where] = _joined([ctx.of(v)[where] for v in values], shape(node)[where])
-    return out
-
-
-def _joined(dims: list[Dim], size: Any) -> Dim:
-    first = resolve(dims[0])
-    if first and all(resolve(d) == first for d in dims):  # n pieces with the same axis: an outer count and that axis
-        return (Atom(len(dims)), *first)
-    made = fresh(size)
-    if made:
-        made[0].segments = tuple(dims)
-    return made
-
-
-def _legacy_empty(value: Node) -> bool:
-    return tuple(value.meta["val"].shape) == (0,)
-
-
-def stack(ctx: Context, node: Node) -> Dims:
-    """Stack along a new dimension."""
-    values = list(node.args[0])
-    dims = list(ctx.of(values[0]))
-    for value in values[1:]:
-        for one, other in zip(dims, ctx.of(value), strict=True):
-            ctx.unify(node, one, other)
-    dims.insert(wrap(arg(node, 1, "dim", 0), len(dims) + 1), fresh(len(values)))
-    return dims
-
-
-def pieces(ctx: Context, node: Node) -> list[Dims]:
-    """split, chunk and unbind: one list of dimensions per result."""
-    dims = ctx.of(node.args[0])
-    unbind = node.target is aten.unbind.int
-    where = wrap(arg(node, 1 if unbind else 2, "dim", 0), len(dims))
-    if unbind:
-        return [[*dims[:where], *dims[where + 1 :]] for _ in node.meta["val"]]
-    out, offset = [], 0
-    whole = resolve(dims[where])
-    for value in node.meta["val"]:
-        size = size_of(value.shape[where])
-        inner = whole[1:] if len(whole) > 1 and same(product(whole[1:]), size) else None
-        piece = inner or sub_range(whole, offset, offset + size, 1, size)
-        out.append([*dims[:where], piece, *dims[where + 1 :]])
-        offset = offset + size
-    return out
-
-
 def getitem(ctx: Context, node: Node) -> Dims:
     """Take one result of an operator with several."""
     return list(ctx.dims[node.args[0]][node.args[1]])
-
-
-def expand(ctx: Context, node: Node) -> Dims:
-    """Broadcast dimensions of size 1 to given sizes."""
-    sizes = shape(node)
-    dims = ctx.of(node.args[0])
-    dims = [()] * (len(sizes) - len(dims)) + list(dims)
-    return [dim or fresh(size) for dim, size in zip(dims, sizes, strict=True)]
 
 
 def reduce(ctx: Context, node: Node) -> Dims:
@@ -341,21 +102,86 @@ def index(ctx: Context, node: Node) -> Dims:
     return [*dims[: used[0]], *middle, *dims[used[-1] + 1 :]]
 
 
+def like_second(ctx: Context, node: Node) -> Dims:
+    """copy_: the result has the dimensions of the target, which the source broadcasts to."""
+    dims = list(ctx.of(node.args[0]))
+    for one, other in zip(reversed(dims), reversed(ctx.of(node.args[1])), strict=False):
+        ctx.unify(node, one, other)
+    return dims
+
+
+def chosen(ctx: Context, node: Node) -> list[Dims]:
+    """topk, max and min along one dimension: the same for values and indices, that dimension anew or gone."""
+    dims = list(ctx.of(node.args[0]))
+    where = wrap(arg(node, 2 if node.target is aten.topk.default else 1, "dim", -1), len(dims))
+    out = []
+    for value in node.meta["val"]:
+        rest = [*dims[:where], *dims[where + 1 :]]
+        if value.ndim == len(dims):
+            rest.insert(where, fresh(size_of(value.shape[where])))
+        out.append(rest)
+    return out
+
+
+def ordered(ctx: Context, node: Node) -> list[Dims]:
+    """sort: values and old indices in a new order, which is an axis of its own."""
+    dims = list(ctx.of(node.args[0]))
+    named = "stable" in node.target._overloadname
+    where = wrap(arg(node, 2 if named else 1, "dim", -1), len(dims))
+    made = fresh(product(resolve(dims[where])))
+    out = [*dims[:where], made, *dims[where + 1 :]]
+    return [out, list(out)]
+
+
+def written(ctx: Context, node: Node) -> Dims:
+    """index_put: the dimensions of the target; one that undoes a sort goes back to the order before it."""
+    undone = unsorted(node)
+    return list(ctx.of(undone.args[0])) if undone is not None else list(ctx.of(node.args[0]))
+
+
+def unsorted(node: Node) -> Node | None:
+    """The sort that an index_put inverts: it writes 0, 1, 2... to the places that the sort names."""
+    if node.target not in (aten.index_put_.default, aten.index_put.default) or len(node.args[1]) != 1:
+        return None
+    places, values = node.args[1][0], node.args[2]
+    if places is None or places.target is not operator.getitem or places.args[1] != 1:
+        return None
+    sort = places.args[0]
+    counts = values.target in (aten.arange.default, aten.arange.start) and values.meta["val"].ndim == 1
+    return sort if _rule_is(sort, ordered) and counts and len(sort.meta["val"][0].shape) == 1 else None
+
+
+def _rule_is(node: Node, rule: Callable[..., Any]) -> bool:
+    return RULES.get(node.target) is rule
+
+
 def like_index(ctx: Context, node: Node) -> Dims:
     """gather: the result has the dimensions of the index."""
     return list(ctx.of(node.args[2]))
 
 
+def repeated(ctx: Context, node: Node) -> Dims:
+    """repeat_interleave by a number: each index of a dimension that many times."""
+    dims = list(ctx.of(node.args[0]))
+    dim = arg(node, 2, "dim")
+    if dim is None or not isinstance(node.args[1], int):
+        return [fresh(s) for s in shape(node)]
+    where = wrap(dim, len(dims))
+    dims[where] = (*resolve(dims[where]), *fresh(node.args[1]))
+    return dims
+
+
+def tiled(ctx: Context, node: Node) -> Dims:
+    """repeat: each dimension as a whole that many times."""
+    dims, times = ctx.of(node.args[0]), list(node.args[1])
+    dims = [()] * (len(times) - len(dims)) + list(dims)
+    counts = [size_of(t.meta["val"] if isinstance(t, Node) else t) for t in times]
+    return [(*fresh(count), *resolve(dim)) for dim, count in zip(dims, counts, strict=True)]
+
+
 def source(ctx: Context, node: Node) -> Dims:
     """Operators that make a value from sizes alone."""
     return [fresh(s) for s in shape(node)]
-
-
-def conv(ctx: Context, node: Node) -> Dims:
-    """Convolutions: the batch goes through, the output channels are the filter's."""
-    sizes = shape(node)
-    lead = len(sizes) - (len(ctx.of(node.args[1])) - 2) - 1
-    return [*ctx.of(node.args[0])[:lead], ctx.of(node.args[1])[0], *(fresh(s) for s in sizes[lead + 1 :])]
 
 
 def masked_scatter(ctx: Context, node: Node) -> Dims:
@@ -467,6 +293,7 @@ _register(
     "tanh",
     "sigmoid",
     "scatter",
+    "scatter_",
     "index_fill",
     "fill",
 )
@@ -485,7 +312,13 @@ _register(slice_, "slice.Tensor")
 _register(cat, "cat", "concat")
 _register(stack, "stack")
 _register(pieces, "split", "split_with_sizes", "chunk", "unbind")
-_register(expand, "expand")
+_register(expand, "expand", "broadcast_to", "expand_as")
+_register(repeated, "repeat_interleave.self_int")
+_register(tiled, "repeat")
+_register(chosen, "topk", "max.dim", "min.dim")
+_register(ordered, "sort")
+_register(written, "index_put", "index_put_")
+_register(like_second, "copy_")
 _register(reduce, "sum", "mean", "amax", "amin", "any", "all", "prod", "argmax", "argmin", "var", "std", "logsumexp")
 _register(embedding, "embedding")
 _register(index, "index.Tensor")
@@ -506,9 +339,15 @@ _register(
     "new_zeros",
     "new_full",
     "new_empty",
+    "histc",
 )
 _register(conv, "conv1d", "conv2d", "conv3d", "convolution.default")
 _register(masked_scatter, "masked_scatter")
+
+_register(grouped, "_grouped_mm", "_scaled_grouped_mm")
+
+NAMED: dict[str, Callable[[Context, Node], Any]] = {"grouped_mm_fallback": grouped}
+"""Operators of other libraries, by name: their packages may be absent."""
 
 OURS: dict[str, Callable[[Context, Node], Any]] = {
     "gather_tokens": gather_tokens,

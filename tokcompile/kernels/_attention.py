@@ -40,12 +40,26 @@ def adjust(logits: Tensor, mask: Tensor | None, causal: Tensor | None, softcap: 
     return logits if causal is None else torch.where(causal, logits, -torch.inf)
 
 
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+def exponentials(logits: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """exp(logits - rowwise maximum) [..., Tq, Tk] and one over its row sums [..., Tq, 1]: softmax in two factors.
 
-    Kept apart so that a reduction over rows needs no pass that divides. A fully hidden row has both factors 0.
+    Kept apart so that a reduction over rows needs no pass that divides. A fully hidden row has both factors 0. A sink
+    [..., 1] is a logit beside those of the keys, which takes its share and gives it to no token.
     """
     peak = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
+    if sink is not None:
+        peak = torch.maximum(peak, sink)
     weights = torch.exp(logits - peak)
     total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - peak)
     return weights, torch.where(total > 0, 1 / total, 0.0)
+
+
+def sinks_by_row(sinks: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """Sinks, float [H] or [B, H], as float32 [B, H]. Raises ValueError when they do not fit."""
+    if sinks is None:
+        return None
+    if sinks.shape[-1] != heads or sinks.dim() > 2:
+        raise ValueError(f"sinks must be [{heads}] or [B, {heads}], not {list(sinks.shape)}")
+    return sinks.to(torch.float32).expand(batch, heads)

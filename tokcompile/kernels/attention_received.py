@@ -29,6 +29,7 @@ def reference(
     softcap: float,
     heads: str,
     reduce: str,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Reduce softmax(query @ key^T * scale) over query rows, then over heads.
 
@@ -41,6 +42,7 @@ def reference(
         is_causal: row i sees keys 0..i, as scaled_dot_product_attention has it.
         softcap: logits become softcap * tanh(logits / softcap) before the mask; 0: none.
         heads: "mean", "max" or "sum" over heads, after the rows were reduced.
+        sinks: float [H] or [B, H], a logit of each head beside those of the keys; None without.
         reduce: "sum", or "mean" over the counted rows (a fully masked row counts and adds 0; no rows at all give 0).
 
     Returns:
@@ -57,10 +59,12 @@ def reference(
     hidden = None if mask is None else _attention.four_d(mask)
     query, key = query.to(torch.float32) * scale, key.to(torch.float32)
     total = query.new_zeros(query.shape[0], 1, key.shape[2])
+    sink = _attention.sinks_by_row(sinks, query.shape[0], query.shape[1])
     # One head at a time: three-dimensional blocks are all that ever exists.
     for head in range(query.shape[1]):
         plane = None if hidden is None else hidden[:, head if hidden.shape[1] != 1 else 0]
-        of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap)
+        own = None if sink is None else sink[:, head, None, None]
+        of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap, own)
         if heads == "max":
             # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _add_columns.
             total = torch.maximum(total, _add_columns(total.clamp(max=0), *of_head))
@@ -79,6 +83,7 @@ def _add_columns(
     rows: Tensor | None,
     is_causal: bool,
     softcap: float,
+    sink: Tensor | None,
 ) -> Tensor:
     """Add one head's column sums to total [B, 1, Tk].
 
@@ -93,7 +98,7 @@ def _add_columns(
         logits = torch.bmm(query[:, part], key.transpose(1, 2))
         seen = mask if mask is None or mask.shape[1] == 1 else mask[:, part]
         weights, factor = _attention.exponentials(
-            _attention.adjust(logits, seen, _causal(logits, start) if is_causal else None, softcap)
+            _attention.adjust(logits, seen, _causal(logits, start) if is_causal else None, softcap), sink
         )
         if rows is not None:
             factor = torch.where(rows[:, part, None], factor, 0.0)
@@ -117,6 +122,6 @@ def _causal(logits: Tensor, start: int) -> Tensor:
 
 attention_received = _library.define(
     "attention_received(Tensor query, Tensor key, Tensor? mask, Tensor? rows, float scale, bool is_causal, "
-    "float softcap, str heads, str reduce) -> Tensor",
+    "float softcap, str heads, str reduce, Tensor? sinks=None) -> Tensor",
     reference,
 )

@@ -17,6 +17,7 @@ def reference(
     is_causal: bool,
     softcap: float,
     heads: str,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax probabilities of the query row `index[b]`, reduced over heads. Costs one row, not Tq.
 
@@ -29,6 +30,7 @@ def reference(
         is_causal: row i sees keys 0..i, as scaled_dot_product_attention has it.
         softcap: logits become softcap * tanh(logits / softcap) before the mask; 0: none.
         heads: "mean", "max" or "sum".
+        sinks: float [H] or [B, H], a logit of each head beside those of the keys; None without.
 
     Returns:
         float32 [B, Tk]; 0 everywhere for a fully masked row.
@@ -47,7 +49,10 @@ def reference(
     logits = torch.matmul(grouped, key.to(torch.float32).transpose(2, 3)).view(batch, count, tokens)
     seen = None if mask is None else _mask_row(_attention.four_d(mask), where)
     causal = torch.arange(tokens, device=key.device) <= index[:, None, None] if is_causal else None
-    weights, factor = _attention.exponentials(_attention.adjust(logits, seen, causal, softcap))
+    sink = _attention.sinks_by_row(sinks, batch, count)
+    weights, factor = _attention.exponentials(
+        _attention.adjust(logits, seen, causal, softcap), None if sink is None else sink[:, :, None]
+    )
     return _over_heads(weights * factor, heads)
 
 
@@ -68,6 +73,6 @@ def _over_heads(x: Tensor, heads: str) -> Tensor:
 
 attention_row = _library.define(
     "attention_row(Tensor query, Tensor key, Tensor? mask, Tensor index, float scale, bool is_causal, "
-    "float softcap, str heads) -> Tensor",
+    "float softcap, str heads, Tensor? sinks=None) -> Tensor",
     reference,
 )

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
-from tokcompile.axes.rules import MAX
+from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.positional import hint

@@ -42,7 +42,7 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
     with ctx.editor.before(site.node):
         key = ctx.editor.call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
         axis = axes.of(site.key)[-1 if site.key_transposed else -2]
-        mask = _mask(ctx, site)
+        mask, sinks = _mask(ctx, site), _sinks(ctx, site)
         rows = axes.of(site.query)[-2]
         if step.queries in ("last", "cls"):
             index = _row_index(ctx, site, place, step, rows)
@@ -56,6 +56,7 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
                 site.is_causal,
                 site.softcap,
                 step.heads,
+                *sinks,
             )
         else:
             counted = _rows(ctx, site, place, step, rows)
@@ -70,6 +71,7 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
                 site.softcap,
                 step.heads,
                 step.reduce,
+                *sinks,
             )
     return Scores(node, axis)
 
@@ -81,6 +83,14 @@ def _mask(ctx: Context, site: Attention) -> Node | None:
     for dim in (1, 1):
         mask = ctx.editor.call(aten.unsqueeze.default, mask, dim)
     return mask
+
+
+def _sinks(ctx: Context, site: Attention) -> list[Node]:
+    """The sinks as a further argument, [B, H], if there are any: those of one query row, which are those of all."""
+    if site.sinks is None:
+        return []
+    row = ctx.editor.call(aten.select.int, site.sinks, 2, 0)
+    return [ctx.editor.call(aten.select.int, row, -1, 0)]
 
 
 def _text_valid(ctx: Context, place: Place, rows: tuple) -> Node | None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tokcompile.axes.rules import arg
+from tokcompile.axes.context import arg
 
 aten = torch.ops.aten
 _THROUGH = {aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_ADD = {aten.add.Tensor, aten.add_.Tensor}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.softmax.Dim if hasattr(aten.softmax, "Dim") else None}
 
 
@@ -27,6 +29,7 @@ class Attention:
         scale: what scores are multiplied by.
         is_causal: the flag of the fused call.
         softcap: tanh cap of the scores, 0 without one.
+        sinks: [B, H, Tq, 1], logits beside those of the keys that take a share of the attention; None without.
         key_transposed: `key` is [B, H, D, Tk], as written-out attention may have it.
     """
 
@@ -40,6 +43,7 @@ class Attention:
     is_causal: bool = False
     softcap: float = 0.0
     key_transposed: bool = False
+    sinks: Node | None = None
 
 
 def find_attention(graph: Graph) -> list[Attention]:
@@ -86,20 +90,25 @@ def _skip(node: Any) -> Any:
 
 def _by_hand(node: Node) -> Attention | None:
     """matmul(softmax(cap(q k^T * scale) + mask), v), each part but the products and the softmax optional."""
-    if node.target not in (aten.matmul.default, aten.bmm.default):
+    if node.target not in _PRODUCTS:
         return None
     weights, value = _skip(node.args[0]), node.args[1]
+    sunk = isinstance(weights, Node) and weights.target is aten.slice.Tensor
+    weights = _skip(weights.args[0]) if sunk else weights
     if not isinstance(weights, Node) or weights.target not in _SOFTMAX:
         return None
-    scores, mask, cap = _skip(weights.args[0]), None, 0.0
-    if scores.target is aten.add.Tensor:
+    scores, sinks = _without_sinks(_skip(weights.args[0])) if sunk else (_skip(weights.args[0]), None)
+    if sunk and sinks is None:
+        return None
+    mask, cap = None, 0.0
+    if scores.target in _ADD:
         scores, mask = _skip(scores.args[0]), scores.args[1]
     scores, scale = _scaled(scores)
     if scores.target is aten.tanh.default:
         cap = scale
         scores, scale = _scaled(_skip(scores.args[0]))
         scale *= cap  # tanh(scores * scale / cap) * cap: the inner factor carries both
-    if scores.target not in (aten.matmul.default, aten.bmm.default):
+    if scores.target not in _PRODUCTS:
         return None
     query, key = scores.args
     transposed = not (key.target is aten.transpose.int and {d % 4 for d in key.args[1:]} == {2, 3})
@@ -112,7 +121,18 @@ def _by_hand(node: Node) -> Attention | None:
         scale=scale,
         softcap=cap,
         key_transposed=transposed,
+        sinks=sinks,
     )
+
+
+def _without_sinks(scores: Node) -> tuple[Node, Node | None]:
+    """Scores of the keys, and the logits that stand beside them as one more column, which the model cuts off again."""
+    if scores.target is aten.sub.Tensor:  # less their maximum, which the softmax does by itself
+        scores = _skip(scores.args[0])
+    if scores.target is not aten.cat.default or len(scores.args[0]) != 2:
+        return scores, None
+    keys, column = scores.args[0]
+    return (_skip(keys), column) if column.meta["val"].shape[-1] == 1 else (scores, None)
 
 
 def _scaled(node: Node) -> tuple[Node, float]:
