@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.axes.atoms import fresh, product, same
+from tokcompile.axes.atoms import Dim, fresh, product, same
 from tokcompile.axes.context import Context, Dims, arg, shape
 
 aten = torch.ops.aten
@@ -80,3 +80,18 @@ def grouped(ctx: Context, node: Node) -> Dims:
         return [fresh(size) for size in shape(node)]
     ctx.unify(node, left[-1], weight[-2])
     return [left[0], weight[-1]]
+
+
+def einsum(ctx: Context, node: Node) -> Dims:
+    """Dimensions of one letter align; the result has those that stand right of the arrow."""
+    sizes = shape(node)
+    given, arrow, result = node.args[0].replace(" ", "").partition("->")
+    if not arrow or "." in given:
+        return [fresh(size) for size in sizes]
+    letters: dict[str, Dim] = {}
+    for names, value in zip(given.split(","), node.args[1], strict=True):
+        for name, dim in zip(names, ctx.of(value), strict=True):
+            if letters.get(name):
+                ctx.unify(node, letters[name], dim)
+            letters[name] = letters.get(name) or dim
+    return [letters[name] or fresh(size) for name, size in zip(result, sizes, strict=True)]

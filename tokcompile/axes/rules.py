@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from tokcompile.axes.atoms import fresh, product, resolve, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
-from tokcompile.axes.products import addmm, attention, conv, grouped, linear, matmul
+from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
 from tokcompile.axes.views import (
     cat,
     expand,
@@ -344,6 +344,7 @@ _register(
 _register(conv, "conv1d", "conv2d", "conv3d", "convolution.default")
 _register(masked_scatter, "masked_scatter")
 
+_register(einsum, "einsum")
 _register(grouped, "_grouped_mm", "_scaled_grouped_mm")
 
 NAMED: dict[str, Callable[[Context, Node], Any]] = {"grouped_mm_fallback": grouped}

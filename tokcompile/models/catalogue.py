@@ -7,7 +7,10 @@ A family is one line of `data/*.yaml`. What a line leaves out comes from the `de
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from copy import deepcopy
+from fnmatch import fnmatch
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,12 +22,30 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from tokcompile.errors import TokredError, known
+from tokcompile.models.dit import DiT
 from tokcompile.models.families import scaled_init
-from tokcompile.models.inputs import text
+from tokcompile.models.inputs import images as image_inputs
+from tokcompile.models.inputs import pixels, sequences, text
 
 DATA = Path(__file__).parent / "data"
-INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {"text": text.text}
+INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "text": text.text,
+    "pixels": pixels.pixels,
+    "latents": pixels.latents,
+    "encoder_text": sequences.encoder_text,
+    "text_to_text": sequences.text_to_text,
+    "speech_to_text": sequences.speech_to_text,
+    "whole": image_inputs.whole,
+    "crops": image_inputs.crops,
+    "sized": image_inputs.sized,
+    "patches": image_inputs.patches,
+    "tiles": image_inputs.tiles,
+    "aspects": image_inputs.aspects,
+    "pooled": image_inputs.pooled,
+}
 """Makers of example inputs, by the name that a family gives as `inputs`."""
+LOCAL: dict[str, Callable[..., nn.Module]] = {"DiT": DiT}
+"""Classes of this package, by the name that a family of `source: local` gives as `auto`."""
 
 
 class Family(BaseModel):
@@ -33,11 +54,13 @@ class Family(BaseModel):
     Attributes:
         name: its line's name, which is transformers' model type unless `type` says otherwise.
         kind: which stacks it has.
-        auto: the class of transformers that makes the model from a configuration.
+        source: where its class is from.
+        auto: the class of transformers that makes the model from a configuration, or the local class; none for timm.
         inputs: which of `INPUTS` makes its example inputs.
         config: of the configuration; a mapping inside is a configuration inside.
         options: further arguments of the maker of inputs.
-        needs: the package that it needs beside transformers.
+        fill: values of parameters, by a pattern of their names, such as of gates that are closed at the start.
+        needs: the module that it needs beside transformers.
         about: what is special about it.
     """
 
@@ -45,35 +68,76 @@ class Family(BaseModel):
 
     name: str
     kind: Literal["decoder", "vlm", "vision", "encoder", "encoder-decoder", "diffusion"]
-    auto: str
+    source: Literal["transformers", "timm", "local"] = "transformers"
+    auto: str = ""
     inputs: str
     type: str = ""
     config: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    fill: dict[str, float] = {}
     needs: str = ""
     about: str = ""
 
     def build(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """The model with random weights, in eval mode."""
+        """The model with random weights, in eval mode.
+
+        Raises:
+            TokredError: the module that it needs cannot be imported.
+        """
+        needs = self.needs or "transformers"
+        try:
+            # RuntimeError: what a torchvision that was built for another torch raises.
+            import_module(needs)
+        except (ImportError, RuntimeError) as error:
+            raise TokredError(
+                f"the family '{self.name}' needs {needs}, which cannot be imported",
+                found=str(error),
+                remedy=f"pip install {needs}; all that comes with it must be built for torch {torch.__version__}",
+            ) from error
+        # A bias that a library leaves as torch drew it is to be the same for the same seed, too.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._model()
+        scaled_init(model, seed)
+        for name, parameter in model.named_parameters():
+            for pattern, value in self.fill.items():
+                if fnmatch(name, pattern):
+                    nn.init.constant_(parameter, value)
+        return model.eval().to(dtype)
+
+    def _model(self) -> nn.Module:
+        if self.source == "local":
+            return LOCAL[self.auto](**self.config)
+        if self.source == "timm":
+            return import_module("timm").create_model(self.type, pretrained=False, **self.config)
         transformers = import_module("transformers")
-        config = transformers.AutoConfig.for_model(self.type or self.name, **self.config)
+        # Some configurations write what they work out into the mappings that they are given.
+        config = transformers.AutoConfig.for_model(self.type or self.name, **deepcopy(self.config))
         maker = getattr(transformers, self.auto)
-        model = maker.from_config(config) if self.auto.startswith("Auto") else maker(config)
-        return scaled_init(model, seed).eval().to(dtype)
+        return maker.from_config(config) if self.auto.startswith("Auto") else maker(config)
 
     def example(
-        self, model: nn.Module, batch: int = 1, padded: bool = False, length: int = 17, seed: int = 0
+        self,
+        model: nn.Module,
+        batch: int = 1,
+        padded: bool = False,
+        length: int = 17,
+        seed: int = 0,
+        images: int = 1,
     ) -> dict[str, Tensor]:
         """Arguments of the model's forward, the same for the same seed.
 
         Args:
             model: what `build` returned.
             batch: rows.
-            padded: rows of a text have different lengths, padded on the left.
+            padded: rows of a text have different lengths, padded on the left, or an encoder's on the right.
             length: tokens of text.
             seed: of the random tokens and pixels.
+            images: in each row of a text, where there are any.
         """
-        return INPUTS[self.inputs](model, batch=batch, padded=padded, length=length, seed=seed, **self.options)
+        maker = INPUTS[self.inputs]
+        more = {"images": images} if "images" in inspect.signature(maker).parameters else {}
+        return maker(model, batch=batch, padded=padded, length=length, seed=seed, **more, **self.options)
 
 
 @cache
@@ -89,8 +153,9 @@ def families() -> dict[str, Family]:
 
 def _merged(defaults: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     out = {**defaults, **line}
-    for key in ("config", "options"):
-        out[key] = {**defaults.get(key, {}), **line.get(key, {})}
+    for key in defaults.keys() & line.keys():
+        if isinstance(defaults[key], dict) and isinstance(line[key], dict):
+            out[key] = _merged(defaults[key], line[key])
     return out
 
 

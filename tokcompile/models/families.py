@@ -61,13 +61,17 @@ def scaled_init(model: M, seed: int) -> M:
     """Draw the weights anew with std = 1 / sqrt(fan in), so that narrow models depend on all of their inputs.
 
     transformers' own std of 0.02 suits widths of thousands; at a width of 128 it all but closes the layers.
-    Biases and norms keep what they have; embeddings, class tokens and position tables get a std of 0.5.
+    Biases and norms keep what they have; embeddings, class tokens and position tables get a std of 0.5. A matrix that
+    begins at zero, such as what makes the gates of adaLN-Zero, is drawn as any other.
     """
     rng = torch.Generator().manual_seed(seed)
+    convolutions = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim < 2 and "class_embedding" not in name:
             continue
-        table = parameter.ndim != 2 or "embed" in name
-        std = 0.5 if table and parameter.ndim != 4 else parameter[0].numel() ** -0.5
+        # Of the module itself: an MLP inside of an embedder is no table.
+        table = parameter.ndim != 2 or "embed" in ".".join(name.split(".")[-2:])
+        table = table and parameter.ndim != 4 and name not in convolutions
+        std = 0.5 if table else parameter[0].numel() ** -0.5
         parameter.normal_(0, std, generator=rng)
     return model

@@ -93,16 +93,23 @@ class Context:
         mask = self.editor.call(aten.select.int, splice.mask, -1, 0)
         return self.align(mask, self.program.axes.of(splice.node)[1], axis)
 
+    def stack_of(self, axis: Dim) -> str | None:
+        """The name of the stack whose sequence an axis is, as it was or after cuts."""
+        start = oldest(axis)
+        for name, stack in self.sites.stacks.items():
+            dims = self.program.axes.of(stack.blocks[0].input)
+            if len(dims) == 3 and oldest(dims[1]) == start:
+                return name
+        return None
+
     def valid_mask(self, axis: Dim) -> Node | None:
-        """bool [B, T] on a text axis: real tokens; None when the graph has no padding mask."""
-        padding = self.sites.padding
-        text = self.sites.text_stack()
-        if padding is None or text is None:
+        """bool [B, T] on a text axis: real tokens; None when the graph has no padding mask for it."""
+        name = self.stack_of(axis)
+        padding = self.sites.paddings.get(name or "")
+        if padding is None:
             return None
-        start = self.program.axes.of(text[1].blocks[0].input)[1]
         mask = self.editor.call(aten.ne.Scalar, padding, 0)
-        origin = oldest(start)
-        return self.align(mask, origin, axis)
+        return self.align(mask, oldest(axis), axis)
 
     def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None) -> Node:
         """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it."""

@@ -59,11 +59,14 @@ def _check_positions(ctx: Context, place: Place) -> None:
 
     A vision sequence has no positions to renumber; dropping its features renumbers the text they are spliced into.
     """
-    text = ctx.sites.text_stack()
-    if text is None or (place.owner != text[0] and ctx.sites.splice is None) or ctx.sites.rotary[text[0]]:
+    owner = place.owner
+    if not owner or owner.startswith("vision"):
+        text = ctx.sites.text_stack() if ctx.sites.splice is not None else None
+        owner = text[0] if text is not None else None
+    if not owner or ctx.sites.rotary[owner]:
         return
     raise EditError(
-        f"positions cannot be compacted: the {text[0]} has no rotary positions",
+        f"positions cannot be compacted: the {owner} has no rotary positions",
         where=[place.address],
         found="positions that are added to the embeddings, or none",
         remedy="use `positions: keep`",

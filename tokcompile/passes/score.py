@@ -93,19 +93,11 @@ def _sinks(ctx: Context, site: Attention) -> list[Node]:
     return [ctx.editor.call(aten.select.int, row, -1, 0)]
 
 
-def _text_valid(ctx: Context, place: Place, rows: tuple) -> Node | None:
-    """Real tokens of a text sequence; None without a padding mask, or in a vision stack."""
-    text = ctx.sites.text_stack()
-    if text is None or place.owner != text[0]:
-        return None
-    return ctx.valid_mask(rows)
-
-
 def _row_index(ctx: Context, site: Attention, place: Place, step: Score, rows: tuple) -> Node:
     """int64 [B]: the row of the CLS token (the first), or of each sequence's last real token."""
     query = site.query
     device = query.meta["val"].device
-    valid = _text_valid(ctx, place, rows) if step.queries == "last" else None
+    valid = ctx.valid_mask(rows) if step.queries == "last" else None
     if valid is not None:
         return ctx.editor.call(tokred.last_valid.default, valid)
     fill = 0 if step.queries == "cls" else ctx.editor.arithmetic(lambda n: n - 1, ctx.editor.size(query, 2))
@@ -114,7 +106,7 @@ def _row_index(ctx: Context, site: Attention, place: Place, step: Score, rows: t
 
 def _rows(ctx: Context, site: Attention, place: Place, step: Score, rows: tuple) -> Node | None:
     """bool [B, Tq]: the query rows that count; None for all."""
-    valid = _text_valid(ctx, place, rows)
+    valid = ctx.valid_mask(rows)
     if step.queries == "all":
         return valid
     if step.queries == "text":
@@ -165,7 +157,7 @@ def _reference(ctx: Context, step: Score, place: Place) -> Node:
     if step.to == "cls":
         return ctx.editor.call(aten.select.int, node, 1, 0)
     axis = ctx.program.axes.of(node)[1]
-    valid = _text_valid(ctx, place, axis)
+    valid = ctx.valid_mask(axis)
     if valid is None:
         return ctx.editor.call(aten.select.int, node, 1, -1)
     index = ctx.editor.call(tokred.last_valid.default, valid)

@@ -8,7 +8,7 @@ from torch.fx import Node
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
-from tokcompile.passes.context import Context, Scores, Selection, longest_segment, oldest
+from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.positional import images_per_row
 from tokcompile.steps import Select
 
@@ -52,12 +52,9 @@ def _is_text(ctx: Context, step: Select) -> bool:
 
 
 def is_text_axis(ctx: Context, axis: Dim) -> bool:
-    """Whether an axis is the text stack's sequence, as it was or after cuts."""
-    text = ctx.sites.text_stack()
-    if text is None:
-        return False
-    start = ctx.program.axes.of(text[1].blocks[0].input)
-    return len(start) == 3 and oldest(axis) == oldest(start[1])
+    """Whether an axis is the sequence of a decoder or an encoder, as it was or after cuts."""
+    name = ctx.stack_of(axis)
+    return name is not None and not name.startswith("vision")
 
 
 def patch_axis(ctx: Context, axis: Dim) -> Dim:

@@ -22,6 +22,7 @@ _VIEWS = {
     aten.contiguous.default,
     aten.to.dtype,
 }
+_NORMS = {aten.layer_norm.default}
 _PASSED = _VIEWS | {torch.ops.tokred.gather_tokens.default}
 
 
@@ -31,7 +32,8 @@ class Block:
 
     Attributes:
         input, output: the residual stream before and after it, [B, T, C].
-        attention: its self-attention.
+        attention: its self-attention; the attention to another sequence in a block that has no other.
+        cross: attentions to another sequence that follow the self-attention within the block.
         merge: the addition that brings the attention's result back to the stream.
         live: whether the model's outputs depend on its attention.
         path: module path, for display only.
@@ -43,6 +45,7 @@ class Block:
     output: Node
     live: bool = True
     path: str = ""
+    cross: list[Attention] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -67,6 +70,11 @@ def find_stacks(sites: list[Attention], reach: Reach, output: Node) -> list[Stac
         if found is None:
             continue
         stream, merge = found
+        within = _within(site, stream, by_merge, reach)
+        if within is not None:
+            within[1].cross.append(site)
+            by_merge[merge] = within
+            continue
         block = Block(site, stream, merge, merge, reach.above(site.node, output), _block_path(merge))
         stack = _previous(stream, by_merge, stacks)
         if stack.blocks:
@@ -74,8 +82,24 @@ def find_stacks(sites: list[Attention], reach: Reach, output: Node) -> list[Stac
         stack.blocks.append(block)
         by_merge[merge] = (stack, block)
     for stack in stacks:
-        stack.blocks[-1].output = _last_output(stack.blocks[-1], reach)
+        normed = all(u.target in _NORMS for view in _views(stack.blocks[0].merge) for u in _readers(view))
+        stack.blocks[-1].output = _last_output(stack.blocks[-1], reach, normed)
     return stacks
+
+
+def _within(
+    site: Attention, stream: Node, by_merge: dict[Node, tuple[Stack, Block]], reach: Reach
+) -> tuple[Stack, Block] | None:
+    """The block that an attention to another sequence belongs to: it reads the stream right after the self-attention.
+
+    After a whole block, feed-forward and all, such an attention makes a block of its own.
+    """
+    if reach.above(stream, site.key):
+        return None
+    while stream not in by_merge and stream.target in _PASSED | _NORMS:
+        stream = stream.args[0]
+    found = by_merge.get(stream)
+    return found if found is not None and found[0].blocks[-1] is found[1] else None
 
 
 def _is_add(node: Node) -> bool:
@@ -102,7 +126,7 @@ def _residual(site: Attention, reach: Reach) -> tuple[Node, Node] | None:
 
 
 def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: list[Stack]) -> Stack:
-    """The stack whose last addition the stream comes from through additions, views and cuts alone; else a new one."""
+    """The stack whose last addition the stream comes from through additions, norms, views and cuts; else a new one."""
     todo, seen = [stream], set()
     while todo:
         node = todo.pop()
@@ -110,15 +134,16 @@ def _previous(stream: Node, by_merge: dict[Node, tuple[Stack, Block]], stacks: l
             stack, block = by_merge[node]
             if stack.blocks[-1] is block:
                 return stack
-        if node not in seen and (_is_add(node) or node.target in _PASSED):
+        if node not in seen and (_is_add(node) or node.target in _PASSED | _NORMS):
             seen.add(node)
             todo.extend(node.args if _is_add(node) else node.args[:1])
     stacks.append(Stack())
     return stacks[-1]
 
 
-def _last_output(block: Block, reach: Reach) -> Node:
-    stream = block.merge
+def _last_output(block: Block, reach: Reach, normed: bool) -> Node:
+    """The stream after the last block: its last addition, or the norm after it where norms stand on the stream."""
+    stream = _normed(block.merge) if normed else block.merge
     while True:
         following = [
             (u, other)
@@ -132,7 +157,15 @@ def _last_output(block: Block, reach: Reach) -> Node:
         if not added:
             rank = block.input.meta["val"].ndim
             return next((v for v in _views(stream) if v.meta["val"].ndim == rank), stream)
-        stream = added[0]
+        stream = _normed(added[0]) if normed else added[0]
+
+
+def _normed(merge: Node) -> Node:
+    return next((u for view in _views(merge) for u in view.users if u.target in _NORMS), merge)
+
+
+def _readers(value: Node) -> list[Node]:
+    return [u for u in value.users if u.target not in _VIEWS]
 
 
 def _views(value: Node) -> list[Node]:

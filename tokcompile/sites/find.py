@@ -11,22 +11,13 @@ from tokcompile.program import Program
 from tokcompile.sites.attention import Attention, find_attention
 from tokcompile.sites.block import Block, Stack, find_stacks
 from tokcompile.sites.cache import Cache, find_cache
+from tokcompile.sites.concrete import evaluate
 from tokcompile.sites.projector import Projector, find_projector
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.rotary import Rotary, find_rotary
 from tokcompile.sites.splice import CONVOLUTIONS, Splice, find_splice
 
 aten = torch.ops.aten
-_COMPARE = {
-    aten.le.Tensor,
-    aten.lt.Tensor,
-    aten.ge.Tensor,
-    aten.gt.Tensor,
-    aten.triu.default,
-    aten.tril.default,
-    aten.le.Scalar,
-    aten.ge.Scalar,
-}
 
 
 @dataclass
@@ -36,6 +27,7 @@ class Sites:
     Attributes:
         stacks: by name, `vision`, `decoder` or `encoder` (a second one of a kind gets a number).
         loose: attention sites that belong to no residual stream.
+        paddings: by stack, the caller's two-dimensional padding mask of a text sequence.
         phase: `prefill`, or `decode` when the decoder reads a cache that already holds tokens.
     """
 
@@ -46,7 +38,7 @@ class Sites:
     projector: Projector | None
     rotary: dict[str, list[Rotary]]
     caches: dict[Block, Cache]
-    padding: Node | None
+    paddings: dict[str, Node]
     embedding: Node | None
     head: Node | None
     reach: Reach = field(repr=False)
@@ -55,6 +47,12 @@ class Sites:
     def phase(self) -> str:
         """Whether this graph begins a sequence or continues one."""
         return "decode" if any(c.past is not None for c in self.caches.values()) else "prefill"
+
+    @property
+    def padding(self) -> Node | None:
+        """The padding mask of the text stack; None without one."""
+        text = self.text_stack()
+        return self.paddings.get(text[0]) if text is not None else None
 
     def text_stack(self) -> tuple[str, Stack] | None:
         """The stack that reads token embeddings: the decoder, else the encoder."""
@@ -76,30 +74,33 @@ def find_sites(program: Program) -> Sites:
     stacks = _named(found, splice, caches, reach)
     vision = stacks.get("vision")
     projector = find_projector(vision, splice, reach) if vision and splice else None
-    strung = {b.attention for s in found for b in s.blocks}
+    strung = {a for s in found for b in s.blocks for a in (b.attention, *b.cross)}
     sites = Sites(
         attentions,
         stacks,
         [a for a in attentions if a not in strung],
         splice,
         projector,
-        {name: find_rotary(s, reach) for name, s in stacks.items()},
+        {name: find_rotary(s, reach, program.axes) for name, s in stacks.items()},
         caches,
-        None,
+        {},
         None,
         None,
         reach,
     )
+    for name, stack in stacks.items():
+        padding = _padding(program, stack, reach, _embedding(program, stack, reach))
+        if padding is not None:
+            sites.paddings[name] = padding
     text = sites.text_stack()
     if text is not None:
         sites.embedding = _embedding(program, text[1], reach)
-        sites.padding = _padding(program, text[1], reach, sites.embedding)
         sites.head = _head(text[1], program.output, reach)
     return sites
 
 
 def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache], reach: Reach) -> dict[str, Stack]:
-    images = [n for n in reach.order if n.target in CONVOLUTIONS]
+    images = [n for n in reach.order if n.target in CONVOLUTIONS and n.meta["val"].ndim > 3]
     out: dict[str, Stack] = {}
     for stack in found:
         entry = stack.blocks[0].input
@@ -120,11 +121,18 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
 
 
 def _causal(site: Attention, reach: Reach) -> bool:
+    """Whether no query sees a later key: by the flag, or by the mask's values when every token is real."""
     if site.is_causal:
         return True
     if site.mask is None:
         return False
-    return any(n.target in _COMPARE for n in reach.ancestors([site.mask]) if not reach.above(n, site.query))
+    seen = evaluate(site.mask, reach)
+    if seen is None or seen.ndim < 2 or 1 in seen.shape[-2:]:
+        return False
+    hidden = ~seen if seen.dtype == torch.bool else seen <= torch.finfo(seen.dtype).min / 2
+    rows, columns = seen.shape[-2:]
+    later = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+    return bool(later.any()) and bool(hidden[..., later].all())
 
 
 def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | None) -> Node | None:

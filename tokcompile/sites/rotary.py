@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from tokcompile.axes import Axes, Dim
 from tokcompile.sites.block import Stack
 from tokcompile.sites.reach import Reach
 
@@ -26,14 +27,18 @@ class Rotary:
     tables: tuple[Node, ...]
 
 
-def find_rotary(stack: Stack, reach: Reach) -> list[Rotary]:
-    """Rotary tables that the queries of a stack are turned by; none for learned or absent positions."""
+def find_rotary(stack: Stack, reach: Reach, axes: Axes) -> list[Rotary]:
+    """Rotary tables that the queries of a stack are turned by; none for learned or absent positions.
+
+    A table has a row for each token; the sines of a time step, which condition all tokens alike, have none.
+    """
     first = stack.blocks[0]
     stream = reach.ancestors([first.input])
     side = reach.ancestors([first.attention.query]) - stream
+    tokens = axes.of(first.attention.query)[-2]
     by_positions: dict[Node, list[Node]] = {}
     for node in side:
-        if node.target in (aten.cos.default, aten.sin.default):
+        if node.target in (aten.cos.default, aten.sin.default) and _by_token(axes.of(node), tokens):
             positions = _integer_source(node)
             if positions is not None:
                 by_positions.setdefault(positions, []).append(node)
@@ -42,6 +47,11 @@ def find_rotary(stack: Stack, reach: Reach) -> list[Rotary]:
         Rotary(p, tuple(sorted(t, key=order.__getitem__)))
         for p, t in sorted(by_positions.items(), key=lambda item: order[item[0]])
     ]
+
+
+def _by_token(dims: list[Dim], tokens: Dim) -> bool:
+    """Whether a table has a dimension for tokens; a single token has none to look for."""
+    return not tokens or any(tokens[-1] in dim for dim in dims)
 
 
 def _integer_source(table: Node) -> Node | None:

@@ -1,0 +1,90 @@
+"""Any model run by hand on a reduced sequence: hooks that shorten what its blocks are given, and nothing else.
+
+A hook before each block from the cut on gathers every tensor argument (hidden states, masks by rows and columns, rotary
+tables, positions) along each dimension as long as the sequence. That is a guess by size, which a compiler must not
+make; here the lengths of the examples are chosen so that it cannot be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+Kept = list[list[int]]
+"""For each batch row the indices of the tokens that stay, ascending."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tokens taken away before a block and for all that follow.
+
+    Attributes:
+        blocks: all blocks of the stack.
+        first: the block before which tokens go.
+        kept: what stays of `length` tokens.
+    """
+
+    blocks: Sequence[nn.Module]
+    first: int
+    kept: Kept
+    length: int
+
+
+def take(value: Tensor, kept: Kept, length: int) -> Tensor:
+    """Gather every dimension of a size, row by row; a value without a batch dimension gets one."""
+    dims = [i for i, size in enumerate(value.shape) if size == length]
+    if not dims:
+        return value
+    flat = dims[0] == 0
+    rows = []
+    for number, row in enumerate(kept):
+        one = value if flat else value[number if value.shape[0] == len(kept) else 0]
+        for dim in dims:
+            one = one.index_select(dim - (not flat), torch.tensor(row))
+        rows.append(one)
+    return torch.stack(rows)
+
+
+@contextmanager
+def applied(cuts: Sequence[Cut]) -> Iterator[None]:
+    """Run models under cuts; several cuts of one stack are made one after the other."""
+    with ExitStack() as stack:
+        for cut in cuts:
+            for block in list(cut.blocks)[cut.first :]:
+                hook = block.register_forward_pre_hook(_shortener(cut), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _shortener(cut: Cut) -> Any:
+    def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        del module
+        return tree_map_only(Tensor, lambda v: take(v, cut.kept, cut.length), (args, kwargs))
+
+    return shorten
+
+
+def without(inputs: dict[str, Tensor], kept: Kept, length: int) -> dict[str, Tensor]:
+    """Inputs whose token sequence holds the kept tokens alone."""
+    return {
+        n: take(v, kept, length) if v.ndim in (2, 3) and length in v.shape[1:] and not v.is_floating_point() else v
+        for n, v in inputs.items()
+    }
+
+
+def block_list(root: nn.Module, *paths: str) -> nn.ModuleList:
+    """The largest list of modules below a module (below its first path that exists)."""
+    for path in paths:
+        try:
+            root = root.get_submodule(path)
+            break
+        except AttributeError:
+            continue
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
