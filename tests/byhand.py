@@ -28,12 +28,14 @@ class Cut:
         blocks: all blocks of the stack.
         first: the block before which tokens go.
         kept: what stays of `length` tokens.
+        readers: blocks of another stack that read this sequence, as a decoder reads an encoder's.
     """
 
     blocks: Sequence[nn.Module]
     first: int
     kept: Kept
     length: int
+    readers: Sequence[nn.Module] = ()
 
 
 def take(value: Tensor, kept: Kept, length: int) -> Tensor:
@@ -56,9 +58,12 @@ def applied(cuts: Sequence[Cut]) -> Iterator[None]:
     """Run models under cuts; several cuts of one stack are made one after the other."""
     with ExitStack() as stack:
         for cut in cuts:
-            for block in list(cut.blocks)[cut.first :]:
-                hook = block.register_forward_pre_hook(_shortener(cut), with_kwargs=True)
-                stack.callback(hook.remove)
+            following = list(cut.blocks)[cut.first :]
+            for block in [*following, *cut.readers]:
+                stack.callback(block.register_forward_pre_hook(_shortener(cut), with_kwargs=True).remove)
+            for module in (m for block in following for m in block.modules()):
+                if "bias" in type(module).__name__.lower():  # it makes a table for all places of its own accord
+                    stack.callback(module.register_forward_hook(_shortened(cut)).remove)
         yield
 
 
@@ -68,6 +73,10 @@ def _shortener(cut: Cut) -> Any:
         return tree_map_only(Tensor, lambda v: take(v, cut.kept, cut.length), (args, kwargs))
 
     return shorten
+
+
+def _shortened(cut: Cut) -> Any:
+    return lambda module, args, out: tree_map_only(Tensor, lambda v: take(v, cut.kept, cut.length), out)
 
 
 def without(inputs: dict[str, Tensor], kept: Kept, length: int) -> dict[str, Tensor]:

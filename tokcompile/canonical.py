@@ -6,6 +6,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import same, size_of
+from tokcompile.axes.context import is_empty
 
 aten = torch.ops.aten
 _CASTS = {
@@ -133,7 +134,7 @@ def _joined_with_nothing(node: Node) -> Node | None:
     One that is laid out otherwise than the result becomes a copy: a product of matrices depends on their layout, in
     its last bits.
     """
-    full = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
+    full = [v for v in node.args[0] if not is_empty(v)]
     if len(full) != 1 or len(node.args[0]) == 1:
         return None
     if _alike(full[0], node):

@@ -17,7 +17,8 @@ from tokcompile.canonical import canonicalise
 from tokcompile.dynamo import prepare
 from tokcompile.errors import CaptureError
 from tokcompile.inline import inline_regions
-from tokcompile.program import Program
+from tokcompile.program import Program, place
+from tokcompile.vmaps import broadcast_maps
 
 
 def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Program:
@@ -35,7 +36,7 @@ def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Program:
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise CaptureError("the captured graph has no tensor input", remedy="compile the whole model, not a helper")
-    interpreter = Interpreter(gm)
+    interpreter = Interpreter(broadcast_maps(gm))
     with mode, preserve_node_meta():
         traced = make_fx(lambda *args: interpreter.run(*args), pre_dispatch=True)(*fakes)
     program = Program(traced, mode, origin="dynamo")
@@ -82,6 +83,12 @@ def _finish(program: Program) -> Program:
     for node in program.graph.nodes:
         if node.op == "get_attr" and getattr(node.meta.get("val"), "fake_mode", None) is not program.fake_mode:
             attribute = getattr(program.gm, node.target, None)
+            if isinstance(attribute, FakeTensor):
+                raise CaptureError(
+                    "a value of the model escaped the tracer and would be a constant",
+                    where=[place(node)],
+                    remedy="see the capture notes in docs/capture.md",
+                )
             if isinstance(attribute, torch.Tensor):  # make_fx gives constants a fake value of another mode
                 node.meta["val"] = program.fake_mode.from_tensor(attribute)
     canonicalise(program.graph)

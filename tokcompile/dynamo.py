@@ -13,6 +13,7 @@ import torch
 _FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 _defaults = {name: getattr(torch._dynamo.config, name) for name in _FLAGS}
 _CONSTANT_CALLS_TAKE_MODULES = "2.13"  # torch.__version__ compares as a version
+_HOOKED = "_output_capturing_hooks_installed"
 _LINKS = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "_inner_convert")
 
 
@@ -40,18 +41,52 @@ def _install_hooks_while_tracing() -> None:
         return
     # The same versions fail in Dynamo on transformers' checks of tensor counts; this is transformers' switch for them.
     os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
-    if _install_hooks_before_tracing not in torch._dynamo.callback_handler.start_callbacks:  # reset() clears them
-        torch._dynamo.callback_handler.register_start_callback(_install_hooks_before_tracing)
+    _call_before_tracing(torch._dynamo.callback_handler)
+
+
+def _call_before_tracing(handler: Any) -> None:
+    """Register the callback, also with the list that `torch._dynamo.reset()` leaves empty."""
+    if _install_hooks_before_tracing in handler.start_callbacks:
+        return
+    handler.register_start_callback(_install_hooks_before_tracing)
+    clear = handler.clear
+
+    def clear_and_register() -> None:
+        clear()
+        handler.register_start_callback(_install_hooks_before_tracing)
+
+    handler.clear = clear_and_register
 
 
 def _install_hooks_before_tracing(*args: Any) -> None:
-    """Older PyTorch makes no constant of a call with a module: give all models their hooks when tracing starts."""
+    """Older PyTorch makes no constant of a call with a module: give models their hooks when tracing starts.
+
+    As transformers does at a first call: from the outermost model that records anything on down. Hooks that are there
+    already stay the only ones: twice the hooks would record every hidden state twice.
+    """
     del args
     base = getattr(_optional("transformers"), "PreTrainedModel", None)
-    install = _optional("transformers.utils.output_capturing").maybe_install_capturing_hooks  # type: ignore[union-attr]
-    for found in gc.get_objects():
-        if base is not None and issubclass(type(found), base):
-            install(found)
+    module: Any = _optional("transformers.utils.output_capturing")
+    if base is None:
+        return
+    recorded = getattr(module, "_CAN_RECORD_REGISTRY", {})
+    models = [m for m in gc.get_objects() if issubclass(type(m), base) and _installs_hooks(m)]
+    for model in sorted(models, key=lambda m: -sum(1 for _ in m.modules())):  # outer ones first
+        if not any(getattr(part, _HOOKED, False) for part in model.modules()):
+            module.maybe_install_capturing_hooks(model)
+        elif not recorded.get(str(type(model))):  # it records nothing by itself, and its parts have their hooks
+            setattr(model, _HOOKED, True)
+
+
+def _installs_hooks(model: torch.nn.Module) -> bool:
+    """Whether a model's forward is one that installs hooks when it is called."""
+    call: Any = type(model).forward
+    while call is not None:
+        code = getattr(call, "__code__", None)
+        if code is not None and code.co_filename.endswith("output_capturing.py"):
+            return True
+        call = getattr(call, "__wrapped__", None)
+    return False
 
 
 def _keep_vision_in_forward() -> None:

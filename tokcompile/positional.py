@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import resolve
-from tokcompile.axes.context import MAX, arg, wrap
+from tokcompile.axes.context import MAX, arg, is_empty, wrap
 from tokcompile.axes.rules import RULES as AXIS_RULES
 from tokcompile.axes.rules import ordered, source, unsorted
 from tokcompile.edit import add, sub
@@ -235,7 +235,7 @@ def _cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> 
     where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
     if where not in transport.where(value, token_map.axis):
         return None
-    parts = [v for v in node.args[0] if tuple(v.meta["val"].shape) != (0,)]
+    parts = [v for v in node.args[0] if not is_empty(v)]
     dims = [transport.of(v)[where] for v in parts]
     axis = resolve(token_map.axis)
     if len(parts) == 1 or resolve(transport.of(node)[where])[-len(axis) :] == axis:

@@ -132,6 +132,20 @@ def test_a_window_that_the_edit_leaves_too_short_is_refused() -> None:
     assert "use_cache=False" in refusal(caught.value).remedy
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_compiling_leaves_eager_calls_as_they_were(called_before: bool) -> None:
+    """transformers installs hooks at a first call; installing them twice would record each hidden state twice."""
+    model = fleet.build("llava")
+    inputs = fleet.example(model)
+    ran = naive.run(model, inputs)
+    with torch.no_grad():
+        if called_before:
+            assert difference(model(**inputs).logits, ran.logits) == 0
+        pruned = prune(model, **options("fastv", model, 5))
+        assert difference(pruned(**inputs).logits, naive.run(model, inputs, [naive.fastv(2, 5)]).logits) == 0
+        assert difference(model(**inputs).logits, ran.logits) == 0
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_do_not_see_each_other(rule: str) -> None:
     """A padded batch selects and computes what each row does alone."""

@@ -45,3 +45,9 @@ def shape(node: Node) -> list[Any]:
 def wrap(dim: int, rank: int) -> int:
     """Give a negative dimension its positive number."""
     return dim + rank if dim < 0 else dim
+
+
+def is_empty(node: Node) -> bool:
+    """Whether a value is the tensor without elements that a fresh KV cache starts from; adds no guard."""
+    shape = node.meta["val"].shape
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.atoms import Atom, Dim, fresh, product, regroup, resolve, same, size_of
-from tokcompile.axes.context import MAX, Context, Dims, arg, shape, wrap
+from tokcompile.axes.context import MAX, Context, Dims, arg, is_empty, shape, wrap
 
 aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ def _segment(atom: Atom, start: int, end: Any) -> Dim | None:
 
 def cat(ctx: Context, node: Node) -> Dims:
     """Concatenate: other dimensions align; the joined one remembers its segments."""
-    values = [v for v in node.args[0] if not _legacy_empty(v)]
+    values = [v for v in node.args[0] if not is_empty(v)]
     where = wrap(arg(node, 1, "dim", 0), len(ctx.of(values[0])))
     out = list(ctx.of(values[0]))
     for value in values[1:]:
@@ -133,10 +133,6 @@ def _joined(dims: list[Dim], size: Any) -> Dim:
     if made:
         made[0].segments = tuple(dims)
     return made
-
-
-def _legacy_empty(value: Node) -> bool:
-    return tuple(value.meta["val"].shape) == (0,)
 
 
 def stack(ctx: Context, node: Node) -> Dims:

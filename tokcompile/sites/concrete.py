@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ MAX_NODES = 200
 MAX_ELEMENTS = 1 << 26
 
 
-def evaluate(node: Node, reach: Reach) -> torch.Tensor | None:
-    """The value of a node whose ancestors are few, when every integer input is 1 and every other one 0.
+def evaluate(node: Node, reach: Reach, zeros: Collection[Node | None] = ()) -> torch.Tensor | None:
+    """The value of a node whose ancestors are few, when every integer input is 1 but for some, and every other one 0.
 
     So a padding mask says that each token is real, and a bias that a model has learnt counts for nothing. Symbolic
     sizes are those seen at capture.
@@ -29,7 +30,7 @@ def evaluate(node: Node, reach: Reach) -> torch.Tensor | None:
     values: dict[Node, Any] = {}
     try:
         for each in sorted(above, key=reach.order.__getitem__):
-            values[each] = _run(each, values)
+            values[each] = torch.zeros_like(_run(each, values)) if each in zeros else _run(each, values)
     except Exception:  # whatever fails here, the mask is then not known
         return None
     return values[node]

@@ -121,18 +121,27 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
 
 
 def _causal(site: Attention, reach: Reach) -> bool:
-    """Whether no query sees a later key: by the flag, or by the mask's values when every token is real."""
+    """Whether no query sees a later key: by the flag, or by the mask's values when every token is real.
+
+    A mask that opens up for some tokens (those of one image see each other) is causal all the same: it is, when the
+    input that names these tokens names none.
+    """
     if site.is_causal:
         return True
     if site.mask is None:
         return False
-    seen = evaluate(site.mask, reach)
+    inputs = [n for n in reach.ancestors([site.mask]) if n.op == "placeholder" and _rows_of_integers(n)]
+    return any(_hides_later(evaluate(site.mask, reach, zeros={n})) for n in (None, *inputs))
+
+
+def _hides_later(seen: torch.Tensor | None) -> bool:
     if seen is None or seen.ndim < 2 or 1 in seen.shape[-2:]:
         return False
     hidden = ~seen if seen.dtype == torch.bool else seen <= torch.finfo(seen.dtype).min / 2
     rows, columns = seen.shape[-2:]
     later = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
-    return bool(later.any()) and bool(hidden[..., later].all())
+    own = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows).tril(columns - rows)
+    return bool(later.any() and hidden[..., later].all() and not hidden[..., own].any())
 
 
 def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | None) -> Node | None:

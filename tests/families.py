@@ -1,0 +1,151 @@
+"""What is asked of every family of the catalogue: sites, its own bits when all is kept, runs on fewer tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import byhand
+import naive
+import torch
+from harness import difference, prune
+from torch import Tensor, nn
+
+from tokcompile.capture import capture
+from tokcompile.models.catalogue import Family
+from tokcompile.program import Program
+from tokcompile.sites import Sites, find_sites
+
+RULES = {
+    # Random tokens of any text; the first stays, and the last, which the head reads.
+    "text": """
+rule: text
+about: Drop random tokens before a block.
+params:
+  keep: {type: ratio_or_count, default: 9, about: tokens kept}
+  block: {type: int, default: 1, min: 0, about: the block}
+steps:
+  - score: {name: luck, by: random, at: "STACK.${block}.input"}
+  - select: {name: ends, by: protect, protect: [first, last]}
+  - select: {name: kept, by: fill, first: [ends], scores: luck, among: all, keep: "${keep}"}
+  - drop: {at: "STACK.${block}.input", keep: kept, positions: keep}
+""",
+    # Random tokens of one group alone.
+    "group": """
+rule: group
+about: Drop random tokens of one group before a block.
+params:
+  keep: {type: ratio_or_count, default: 9, about: tokens kept}
+  block: {type: int, default: 1, min: 0, about: the block}
+  among: {type: choice, default: all, choices: [all, image], about: the group}
+steps:
+  - score: {name: luck, by: random, at: "STACK.${block}.input"}
+  - select: {name: kept, by: topk, scores: luck, among: "${among}", keep: "${keep}", per: row}
+  - drop: {at: "STACK.${block}.input", keep: kept, positions: keep}
+""",
+}
+
+
+@dataclass
+class Subject:
+    """A family's model with an example, its program and sites.
+
+    Attributes:
+        inputs: a batch of two; rows of a text are padded by different numbers.
+    """
+
+    family: Family
+    model: nn.Module
+    inputs: dict[str, Any]
+    program: Program
+    sites: Sites
+
+
+def subject(family: Family) -> Subject:
+    """Build, call once, capture."""
+    model = family.build()
+    inputs = family.example(model, batch=2, padded=True)
+    if family.kind in ("decoder", "vlm", "encoder-decoder"):
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        model(**inputs)
+    programs = capture(model, inputs)
+    program = max(programs, key=lambda p: len(p.graph.nodes))
+    return Subject(family, model, inputs, program, find_sites(program))
+
+
+def outputs(out: Any) -> list[Tensor]:
+    """What a model says: its logits, or else its states; by the order in which it names them."""
+    if isinstance(out, Tensor):
+        return [out]
+    names = ("logits",) if getattr(out, "logits", None) is not None else ("last_hidden_state", "pooler_output")
+    return [value for name in names if (value := getattr(out, name, None)) is not None]
+
+
+def rule(folder: Path, kind: str, stack: str) -> str:
+    """Write one of `RULES` for a stack; the path of its file."""
+    path = folder / f"{kind}.yaml"
+    path.write_text(RULES[kind].replace("STACK", stack))
+    return str(path)
+
+
+def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList:
+    """The modules of a stack's blocks, by the display path of its first block."""
+    path = re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
+    parts = path.split(".")
+    while parts:
+        parts.pop()
+        found = model.get_submodule(".".join(parts))
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise LookupError(f"no list of blocks above {path}")
+
+
+def kept_by_luck(valid: Tensor, group: Tensor, keep: int, ends: bool) -> byhand.Kept:
+    """Which tokens the rules keep: the luckiest of a group and all others. `valid` and `group` are bool [B, T]."""
+    out = []
+    tokens = valid.shape[1]
+    luck = torch.tensor(naive.lucky(tokens, 0))
+    for real, among in zip(valid.tolist(), group.tolist(), strict=True):
+        scores = torch.where(torch.tensor(real), luck, -torch.inf)
+        if ends:
+            places = [i for i in range(tokens) if real[i]]
+            scores[[places[0], places[-1]]] = torch.inf
+        chosen = naive.best(scores, [i for i in range(tokens) if among[i]], keep)
+        out.append(sorted({*chosen, *(i for i in range(tokens) if not among[i])}))
+    return out
+
+
+def dropped(subject: Subject, stack: str, folder: Path, block: int = 1, keep: int = 9) -> tuple[list[Tensor], Any]:
+    """Run compiled under a drop before a block: the outputs, and the tokens kept."""
+    vlm = subject.family.kind == "vlm" and stack == "decoder"
+    kind = "text" if stack == "decoder" and not vlm else "group"
+    options = {"rule": rule(folder, kind, stack), "keep": keep, "block": block}
+    if vlm or stack.startswith("vision"):
+        options["among"] = "image"
+    torch._dynamo.reset()
+    pruned = prune(subject.model, **options)
+    return outputs(pruned(**subject.inputs)), pruned.kept[-1]
+
+
+def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) -> list[Tensor]:
+    """The same by hand, given the tokens."""
+    length = subject.sites.stacks[stack].blocks[0].input.meta["val"].shape[1]
+    readers: Any = ()
+    if stack == "encoder" and "decoder" in subject.sites.stacks:
+        readers = blocks_of(subject.model, subject.sites, "decoder")
+    cut = byhand.Cut(blocks_of(subject.model, subject.sites, stack), block, kept, length, readers)
+    with torch.no_grad(), byhand.applied([cut]):
+        return outputs(subject.model(**subject.inputs))
+
+
+def compared(got: list[Tensor], expected: list[Tensor], valid: Tensor | None = None) -> float:
+    """The largest difference; of real tokens alone where `valid` [B, T] is given and a value has them."""
+    worst = 0.0
+    for one, other in zip(got, expected, strict=True):
+        if valid is not None and one.ndim == 3 and one.shape[1] == valid.shape[1]:
+            one, other = one[valid], other[valid]
+        worst = max(worst, difference(one, other))
+    return worst
