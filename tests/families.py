@@ -93,13 +93,16 @@ def rule(folder: Path, kind: str, stack: str) -> str:
 
 def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList:
     """The modules of a stack's blocks, by the display path of its first block."""
-    path = re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
-    parts = path.split(".")
-    while parts:
-        parts.pop()
-        found = model.get_submodule(".".join(parts))
-        if isinstance(found, nn.ModuleList):
-            return found
+    path = "." + re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
+    lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found = None
+    while path:
+        path = path.rpartition(".")[0]
+        # A piece of a model names its modules from the piece on; a block may hold lists of its own, so the outermost.
+        fitting = [m for name, m in lists.items() if path and name.endswith(path)]
+        found = next((m for m in fitting if len(m) == len(sites.stacks[stack].blocks)), found)
+    if found is not None:
+        return found
     raise LookupError(f"no list of blocks above {path}")
 
 
@@ -136,9 +139,28 @@ def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) ->
     readers: Any = ()
     if stack == "encoder" and "decoder" in subject.sites.stacks:
         readers = blocks_of(subject.model, subject.sites, "decoder")
-    cut = byhand.Cut(blocks_of(subject.model, subject.sites, stack), block, kept, length, readers)
+    blocks = blocks_of(subject.model, subject.sites, stack)
+    cut = byhand.Cut(blocks, block, kept, length, readers)
     with torch.no_grad(), byhand.applied([cut]):
+        if subject.family.name in FINISH:
+            return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks))]
         return outputs(subject.model(**subject.inputs))
+
+
+FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))}
+"""Models that end with a view to the length that they were called with: what is left to do after the last block."""
+
+
+def _last_states(subject: Subject, blocks: nn.ModuleList) -> Tensor:
+    states: list[Any] = []
+    hook = blocks[-1].register_forward_hook(lambda module, args, out: states.append(out))
+    try:
+        subject.model(**subject.inputs)
+    except RuntimeError as error:
+        assert "invalid for input of size" in str(error)
+    finally:
+        hook.remove()
+    return states[0] if isinstance(states[0], Tensor) else states[0][0]
 
 
 def compared(got: list[Tensor], expected: list[Tensor], valid: Tensor | None = None) -> float:

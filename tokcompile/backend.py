@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 from tokcompile.applied import Applied
 from tokcompile.capture import from_dynamo
 from tokcompile.dynamo import prepare
-from tokcompile.errors import RuleError
+from tokcompile.errors import RuleError, TokredError
 from tokcompile.lower import TARGETS, lower
+from tokcompile.pieces import pieces_of, rules_here
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.recording import Recording, record, replay
@@ -49,6 +50,7 @@ def tokred(
         TokredError: the rule or its options are wrong, or the edit cannot be done soundly on this graph.
     """
     del mode
+    pieces = pieces_of(options)
     options = dict(options or {})
     if "rule" not in options and "rules" not in options:
         raise RuleError(
@@ -57,8 +59,15 @@ def tokred(
             remedy=f'options={{"rule": NAME}} with NAME one of {", ".join(rule_names())}, or a rule file',
         )
     rules = parse_rules(options, reserved=RESERVED)
+    pieces.note(gm)
     program = from_dynamo(gm, example_inputs)
-    applied = apply_rules(program, rules)
+    rules = rules_here(rules, find_sites(program), pieces)
+    if not rules:
+        return lower(program.gm, example_inputs, options.get("target", "inductor"))
+    try:
+        applied = apply_rules(program, rules)
+    except TokredError as error:
+        raise error.inside(pieces.explain()) if pieces.split else error from None
     _warn_of_masks(program, applied)
     if options.get("report") is not None:
         options["report"].graphs.append(applied)

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.traceback import preserve_node_meta
 
 from tokcompile.canonical import canonicalise
@@ -38,10 +39,24 @@ def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Program:
         raise CaptureError("the captured graph has no tensor input", remedy="compile the whole model, not a helper")
     interpreter = Interpreter(broadcast_maps(gm))
     with mode, preserve_node_meta():
-        traced = make_fx(lambda *args: interpreter.run(*args), pre_dispatch=True)(*fakes)
+        try:
+            traced = make_fx(lambda *args: interpreter.run(*args), pre_dispatch=True)(*fakes)
+        except GuardOnDataDependentSymNode as error:
+            raise CaptureError(
+                "the model decides by a size that is known only when it runs",
+                where=_causes(error),
+                found=str(error).splitlines()[0],
+                remedy="give the size as an input, or compile the parts of the model apart; see docs/capture.md",
+            ) from error
     program = Program(traced, mode, origin="dynamo")
     _name_inputs(program, placeholders)
     return _finish(program)
+
+
+def _causes(error: Exception) -> list[str]:
+    return [
+        line.partition("# ")[2] for line in str(error).splitlines() if line.startswith("Caused by") and "# " in line
+    ]
 
 
 def _name_inputs(program: Program, placeholders: Sequence[Node]) -> None:

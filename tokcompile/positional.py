@@ -338,5 +338,16 @@ def images_per_row(features: Node, sequence: Node) -> int:
 
 
 def hint(size: Any) -> int:
-    """The size seen at capture; exact for static sizes."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size seen at capture; exact for static sizes.
+
+    Raises:
+        EditError: the size is known only when the model runs.
+    """
+    known = size if isinstance(size, int) else size.node.hint
+    if known is None:
+        raise EditError(
+            "a number of images is known only when the model runs",
+            found=f"{size}, which depends on the values of an input",
+            remedy="use a rule that drops tokens before images are chosen by their values, or none",
+        )
+    return int(known)

@@ -10,7 +10,9 @@ import fleet
 import naive
 import pytest
 import torch
+import transformers
 from harness import difference, refusal
+from packaging.version import Version
 from torch import Tensor, nn
 
 import tokcompile
@@ -144,7 +146,11 @@ def test_a_prompt_whose_last_token_is_dropped_fails_when_run() -> None:
         model.generate(**inputs, **GREEDY)
 
 
-@pytest.mark.parametrize(("case", "batch"), [("hiprune", 3), ("random", 3), ("fastv", 1)])
+# Older transformers makes a mask even when no token is padding, and then one mask has to fit every layer.
+NO_MASK = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="a mask without padding")
+
+
+@pytest.mark.parametrize(("case", "batch"), [("hiprune", 3), ("random", 3), pytest.param("fastv", 1, marks=NO_MASK)])
 def test_a_plain_compiled_model_generates_as_by_hand(case: str, batch: int) -> None:
     """`model.compile(backend="tokred")` alone, where one mask fits every layer."""
     model = fleet.build("llava")

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import fleet
+import naive
 import pytest
 import torch
 import torch._dynamo
-from harness import prune, refusal
+from harness import difference, prune, refusal
 from torch import Tensor, nn
 
 from tokcompile import AddressError, EditError, LowerError, RuleError, TokredError
@@ -122,15 +123,28 @@ class InPieces(nn.Module):
         )
 
 
-@pytest.mark.parametrize("rule", ["fastv", "hiprune", "random"])
-def test_a_model_that_comes_in_pieces(rule: str) -> None:
+def test_a_rule_whose_sites_are_in_two_pieces_names_the_break() -> None:
     model = fleet.shared("llava")
-    pruned = prune(InPieces(model), rule=rule)
+    pruned = prune(InPieces(model), rule="hiprune")
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011  Dynamo wraps what a backend raises
         pruned(**fleet.example(model))
     error = refusal(caught.value)
-    assert "decoder" in str(error) or "vision" in str(error)
-    assert "piece" in str(error)
+    assert "one piece of a model that came apart" in str(error)
+    assert "test_refusals.py" in str(error) and "hiprune.yaml" in str(error)
+
+
+@pytest.mark.parametrize(("rule", "cut"), [("fastv", naive.fastv(2, 5)), ("random", naive.random(5))])
+def test_a_rule_whose_sites_are_in_one_piece_is_applied_there(rule: str, cut: naive.Cut) -> None:
+    """The other piece stays as it is, and a warning says so and where the model came apart."""
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, (2, 0, 1))
+    pruned = prune(InPieces(model), rule=rule, keep=5)
+    with pytest.warns(UserWarning, match=f"{rule}: nothing to do in a graph with vision.*came apart"):
+        hidden = pruned(**inputs).last_hidden_state
+    ran = naive.run(model, inputs, [cut])
+    with torch.no_grad():
+        assert difference(model.lm_head(hidden), ran.logits) == 0
+    assert pruned.kept == ran.kept
 
 
 @pytest.mark.parametrize("rule", ["fastv", "hiprune", "random"])

@@ -9,7 +9,7 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
-from tokcompile.positional import images_per_row
+from tokcompile.positional import hint, images_per_row
 from tokcompile.steps import Select
 
 aten = torch.ops.aten
@@ -119,9 +119,8 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     features = splice.features.meta["val"]
     spliced = 1
     for size in features.shape[:-1]:
-        spliced = spliced * (size if isinstance(size, int) else int(size.node.hint))
-    rows = splice.node.meta["val"].shape[0]
-    rows = rows if isinstance(rows, int) else int(rows.node.hint)
+        spliced = spliced * hint(size)
+    rows = hint(splice.node.meta["val"].shape[0])
     if spliced % rows:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
     images = images_per_row(ctx.sites.projector.input, splice.node) if ctx.sites.projector is not None else 1

@@ -1,0 +1,157 @@
+"""Every family of the catalogue: its stacks, its own bits when all is kept, and its runs on fewer tokens by hand.
+
+A cell that cannot be done soundly is refused, with the reason that stands here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from harness import prune, refusal
+
+from tokcompile.models import catalogue
+
+GRID = "takes the token axis apart"
+COUNT = "known only when the model runs"
+REFUSED = {
+    ("dit", "vision"): GRID,  # latents are put together from every patch
+    ("swin", "vision"): GRID,  # windows
+    ("internvl", "vision"): GRID,  # neighbouring patches become one feature
+    ("gemma3", "vision"): GRID,
+    ("mllama", "vision"): GRID,  # tiles of one picture
+    ("smolvlm", "vision"): GRID,
+    ("idefics3", "vision"): GRID,
+    ("smolvlm", "decoder"): COUNT,  # empty tiles are taken out by their values
+    ("idefics3", "decoder"): COUNT,
+    ("mllama", "decoder"): "no image tokens in this graph",  # images are read by cross-attention
+    ("molmo2", "encoder"): "picks tokens by their number",
+    ("molmo2", "decoder"): "do not divide evenly",
+}
+SPLIT = {  # their image towers run once for each image size: the text is a piece of its own
+    "llava_next": {"decoder": 4},
+    "llava_onevision": {"decoder": 4},
+    "mistral3": {"decoder": 4},
+}
+UNSEEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # they compute positions and windows in Python, from a grid's values
+IN_TOWER = ("llava", "paligemma")  # checked in test_vision.py: their text follows the tower
+STACKS: dict[str, dict[str, int]] = {
+    "bert": {"encoder": 4},
+    "roberta": {"encoder": 4},
+    "modernbert": {"encoder": 4},
+    "t5": {"encoder": 3, "decoder": 3},
+    "bart": {"encoder": 3, "decoder": 3},
+    "whisper": {"encoder": 3, "decoder": 3},
+    "swin": {"vision": 2, "vision2": 2},
+    "llava": {"vision": 3, "decoder": 4},
+    "mllama": {"vision": 3, "decoder": 4},
+    "molmo2": {"encoder": 3, "decoder": 4},
+    **{name: {"vision": 2, "decoder": 4} for name in ("internvl", "smolvlm", "idefics3", "paligemma", "gemma3")},
+    **SPLIT,
+}
+ALL = catalogue.families()
+CAPTURED = [n for n, f in ALL.items() if n not in UNSEEN and not (f.needs and not importlib.util.find_spec(f.needs))]
+
+
+# What `make test` runs; `make coverage` and `make test-slow` run all.
+USUAL = {
+    *("mixtral", "gemma2", "gpt2", "falcon", "cohere2", "smollm3", "gpt_oss", "deepseek_v3", "internvl", "gemma3"),
+    *("molmo2", "bert", "modernbert", "t5", "bart", "whisper", "dit", "siglip_vision", "dinov2_with_registers", "beit"),
+    *("swin", "qwen2_vl", "phi"),
+}
+
+
+def _marked(cases: list[Any]) -> list[Any]:
+    """Cases of families that are not among the usual are slow."""
+    out = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = () if values[0] in USUAL else (pytest.mark.slow,)
+        out.append(pytest.param(*values, marks=marks, id="-".join(values)))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more to two threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def subject(name: str) -> families.Subject:
+    return families.subject(ALL[name])
+
+
+def stacks(name: str) -> dict[str, int]:
+    kind = ALL[name].kind
+    return STACKS.get(name, {"decoder" if kind == "decoder" else "vision": 4})
+
+
+def cells(*without: str) -> list[Any]:
+    return [(name, stack) for name in CAPTURED for stack in stacks(name) if stack not in without]
+
+
+@pytest.mark.parametrize("name", _marked(CAPTURED))
+def test_stacks_are_complete(name: str) -> None:
+    """As many blocks as the configuration has layers; each attention belongs to one, but for a pooling head."""
+    sites = subject(name).sites
+    assert {stack: len(found.blocks) for stack, found in sites.stacks.items()} == stacks(name)
+    strung = sum(1 + len(block.cross) for found in sites.stacks.values() for block in found.blocks)
+    assert len(sites.attentions) - strung == len(sites.loose) <= 1
+    heads = {block.attention.query.meta["val"].shape[1] for found in sites.stacks.values() for block in found.blocks}
+    assert heads <= {2, 3, 4, 5}
+    assert not subject(name).program.axes.context.conflicts or name == "molmo2"
+
+
+@pytest.mark.parametrize("name", _marked(CAPTURED))
+def test_keeping_everything_keeps_every_bit(name: str, tmp_path: Path) -> None:
+    it = subject(name)
+    with torch.no_grad():
+        expected = families.outputs(it.model(**it.inputs))
+    for stack in stacks(name):
+        if stack == "vision2" or (name, "decoder") in REFUSED or (name, stack) == ("molmo2", "encoder"):
+            continue
+        among = "image" if stack == "vision" or it.family.kind == "vlm" else "all"
+        path = families.rule(tmp_path, "group", stack)
+        torch._dynamo.reset()
+        pruned = prune(it.model, rule=path, keep=1.0, among=among)
+        assert families.compared(families.outputs(pruned(**it.inputs)), expected) == 0
+
+
+@pytest.mark.parametrize(("name", "stack"), _marked(cells("vision2")))
+def test_a_drop_equals_the_run_by_hand_or_is_refused(name: str, stack: str, tmp_path: Path) -> None:
+    it = subject(name)
+    if (name, stack) in REFUSED:
+        with pytest.raises(Exception, match=REFUSED[name, stack]) as caught:
+            families.dropped(it, stack, tmp_path, keep=7)
+        assert refusal(caught.value).where
+        return
+    if stack == "vision" and name in IN_TOWER:
+        pytest.skip("the text follows the tower: test_vision.py")
+    got, kept = families.dropped(it, stack, tmp_path, keep=7)
+    assert families.compared(got, families.hand_run(it, stack, kept)) == 0
+    _chosen_by_luck(it, stack, kept)
+
+
+def _chosen_by_luck(it: families.Subject, stack: str, kept: list[list[int]]) -> None:
+    """The tokens themselves: those that the rule's hash says, padding last."""
+    if it.family.kind == "vlm" or stack == "vision" or it.sites.paddings.get(stack) is None:
+        return
+    name = "decoder_attention_mask" if (it.family.kind, stack) == ("encoder-decoder", "decoder") else "attention_mask"
+    valid = it.inputs[name].bool()
+    assert kept == families.kept_by_luck(valid, torch.ones_like(valid), 7, ends=stack == "decoder")
+
+
+@pytest.mark.parametrize("name", _marked(list(UNSEEN)))
+def test_a_model_that_cannot_be_captured_says_so(name: str) -> None:
+    with pytest.raises(Exception, match="data-dependent|known only when it runs"):
+        families.subject(ALL[name])
