@@ -29,7 +29,7 @@ test-slow: setup
 
 # Runs the tests of every family of the catalogue and writes docs/models.md; fails when a cell was lost.
 coverage: setup
-	$(BIN)/python tests/coverage.py
+	$(BIN)/python tests/model_table.py
 
 lint: setup
 	$(BIN)/ruff check .
