@@ -24,3 +24,12 @@ def _fresh_dynamo() -> Iterator[None]:
     """Forget compiled graphs after each test: a cached one would hide what the next test checks."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as those of the catalogue lose more to two threads, which wait for each other, than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -49,7 +49,7 @@ def compile(
         RuleError: the rule or an option is wrong.
     """
     if (rule is None) == (rules is None):
-        raise RuleError("compile needs one of 'rule' and 'rules'", remedy='tokcompile.compile(model, rule="hiprune")')
+        raise RuleError("compile needs one of 'rule' and 'rules'", remedy="tokcompile.compile(model, rule=NAME)")
     options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
     options |= params
     parse_rules(options, reserved=("record", "replay", "report"))

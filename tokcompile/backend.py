@@ -1,4 +1,4 @@
-"""The Dynamo backend `tokred`: `torch.compile(model, backend="tokred", options={"rule": "hiprune", "keep": 192})`."""
+"""The Dynamo backend `tokred`: `torch.compile(model, backend="tokred", options={"rule": NAME, "keep": 192})`."""
 
 from __future__ import annotations
 

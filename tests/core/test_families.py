@@ -6,7 +6,7 @@ A cell that cannot be done soundly is refused, with the reason that stands here.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from harness import prune, refusal
 
 from tokcompile.models import catalogue
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = "takes the token axis apart"
 COUNT = "known only when the model runs"
 REFUSED = {
@@ -87,15 +88,6 @@ def _marked(cases: list[Any]) -> list[Any]:
     return out
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more to two threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def subject(name: str) -> families.Subject:
     return families.subject(ALL[name])
@@ -104,6 +96,19 @@ def subject(name: str) -> families.Subject:
 def stacks(name: str) -> dict[str, int]:
     kind = ALL[name].kind
     return STACKS.get(name, {"decoder" if kind == "decoder" else "vision": 4})
+
+
+def _heads(config: Any) -> set[int]:
+    """The numbers of attention heads that a configuration, or one within it, names."""
+    found: set[int] = set()
+    todo = [config.to_dict()] if config is not None else []
+    while todo:
+        for key, value in todo.pop().items():
+            if isinstance(value, dict):
+                todo.append(value)
+            elif re.fullmatch(r"(.*_)?(num_attention_heads|num_heads|attention_heads|n_head)", str(key)):
+                found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return found
 
 
 def cells(*without: str) -> list[Any]:
@@ -118,7 +123,7 @@ def test_stacks_are_complete(name: str) -> None:
     strung = sum(1 + len(block.cross) for found in sites.stacks.values() for block in found.blocks)
     assert len(sites.attentions) - strung == len(sites.loose) <= 1
     heads = {block.attention.query.meta["val"].shape[1] for found in sites.stacks.values() for block in found.blocks}
-    assert heads <= {2, 3, 4, 5}
+    assert heads and heads <= _heads(getattr(subject(name).model, "config", None)) | ({4} if name == "dit" else set())
     assert not subject(name).program.axes.context.conflicts or name == "molmo2"
 
 

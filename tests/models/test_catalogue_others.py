@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from tokcompile.errors import TokredError
 from tokcompile.models.catalogue import Family, families
 from tokcompile.models.families import scaled_init
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("vision", "encoder", "encoder-decoder", "diffusion")
 FAMILIES = {name: one for name, one in families().items() if one.kind in KINDS}
 RUNNABLE = [
@@ -23,15 +23,6 @@ RUNNABLE = [
     for name, one in FAMILIES.items()
 ]
 MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other on a busy machine, for longer than such small models take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from tokcompile.models.catalogue import families, family
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [name for name, line in families().items() if line.kind == "vlm"]
 SHAPES = {
     "one": {"batch": 1},
@@ -21,15 +21,6 @@ SHAPES = {
     "two padded rows of two images": {"batch": 2, "padded": True, "images": 2},
 }
 PLACES = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other longer than models as small as these run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
