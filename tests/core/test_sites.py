@@ -65,6 +65,16 @@ def test_every_site_of_a_model_is_found(case: dict[str, Any]) -> None:
     _check_image(sites, model, case["name"])
 
 
+@pytest.mark.parametrize("name", fleet.VLMS + fleet.DECODERS)
+def test_a_model_on_another_device_has_the_same_stacks(name: str) -> None:
+    """A padding mask tells a decoder, and transformers brings it to its model's device by a positional argument."""
+    model = fleet.build(name).to("meta")
+    example = fleet.example(model, 2, (0, 1))
+    inputs = {key: value.to("meta") for key, value in example.items()}
+    program, sites = _sites(model, {**inputs, "use_cache": False})
+    _check_stacks(program, sites, name, 2)
+
+
 def _check_stacks(program: Program, sites: Sites, name: str, batch: int) -> None:
     assert tuple(sites.stacks) == STACKS[name]
     assert len(sites.attentions) == sum(LAYERS[kind] for kind in STACKS[name])

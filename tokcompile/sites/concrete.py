@@ -39,6 +39,8 @@ def evaluate(node: Node, reach: Reach, zeros: Collection[Node | None] = ()) -> t
 def _run(node: Node, values: dict[Node, Any]) -> Any:
     if node.op == "call_function":
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        # All is computed on the CPU, wherever the model lives.
+        args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
         with torch.no_grad():
             return node.target(*args, **kwargs)
