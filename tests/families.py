@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from harness import difference, prune
 from torch import Tensor, nn
 
+import tokcompile
+from tokcompile import imagesizes
 from tokcompile.capture import capture
 from tokcompile.models.catalogue import Family
 from tokcompile.program import Program
@@ -69,6 +73,8 @@ def subject(family: Family) -> Subject:
     inputs = family.example(model, batch=2, padded=True)
     if family.kind in ("decoder", "vlm", "encoder-decoder"):
         inputs["use_cache"] = False
+    imagesizes.install(model)
+    inputs = tokcompile.precompute(model, inputs)
     with torch.no_grad():
         model(**inputs)
     programs = capture(model, inputs)
@@ -141,7 +147,7 @@ def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) ->
         readers = blocks_of(subject.model, subject.sites, "decoder")
     blocks = blocks_of(subject.model, subject.sites, stack)
     cut = byhand.Cut(blocks, block, kept, length, readers)
-    with torch.no_grad(), byhand.applied([cut]):
+    with torch.no_grad(), byhand.applied([cut]), _added_late(subject.model, cut):
         if subject.family.name in FINISH:
             return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks))]
         return outputs(subject.model(**subject.inputs))
@@ -149,6 +155,30 @@ def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) ->
 
 FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))}
 """Models that end with a view to the length that they were called with: what is left to do after the last block."""
+
+
+@contextmanager
+def _added_late(model: nn.Module, cut: byhand.Cut) -> Iterator[None]:
+    """Let a text model that adds image features to the stream between its blocks add those of the kept tokens alone."""
+    text = next((m for m in model.modules() if hasattr(m, "_deepstack_process")), None)
+    if text is None:
+        yield
+        return
+    original = text._deepstack_process
+
+    def add(hidden: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        if hidden.shape[1] == mask.shape[1]:
+            return original(hidden, mask, features)
+        wide = torch.zeros(*mask.shape, features.shape[-1])
+        wide[mask] = features
+        short = byhand.take(mask, cut.kept, cut.length)
+        return original(hidden, short, byhand.take(wide, cut.kept, cut.length)[short])
+
+    text._deepstack_process = add
+    try:
+        yield
+    finally:
+        del text._deepstack_process
 
 
 def _last_states(subject: Subject, blocks: nn.ModuleList) -> Tensor:

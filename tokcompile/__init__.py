@@ -1,7 +1,8 @@
 """tokcompile: a compiler for token reduction in unmodified transformers."""
 
-from tokcompile.api import compile, restore, rewrite
+from tokcompile.api import compile, export, restore, rewrite
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
+from tokcompile.imagesizes import precompute
 from tokcompile.recording import Recording
 
 __version__ = "0.1.0"
@@ -15,6 +16,8 @@ __all__ = [
     "RuleError",
     "TokredError",
     "compile",
+    "export",
+    "precompute",
     "restore",
     "rewrite",
 ]

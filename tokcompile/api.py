@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokcompile import attention
+from tokcompile import attention, imagesizes
 from tokcompile.capture import from_export
-from tokcompile.dynamo import prepare
+from tokcompile.dynamo import install_hooks, prepare
 from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
@@ -33,7 +34,8 @@ def compile(
 
     The same as `model.compile(backend="tokred", options=...)`, and in addition a transformers model with full attention
     gets an attention implementation whose mask fits layers with caches of different lengths, as a drop in the middle of
-    the decoder makes them. `restore` takes both back.
+    the decoder makes them. What a model computes in Python from the sizes of its images is computed before each call
+    (`precompute`), so that it is one graph all the same. `restore` takes all of it back.
 
     Args:
         model: an unmodified model.
@@ -58,7 +60,22 @@ def compile(
     if before is not None:
         setattr(model, _BEFORE, before)
     model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target})
+    if imagesizes.packed_tower(model) is not None:
+        imagesizes.install(model)
+        model._compiled_call_impl = _Prepared(model, model._compiled_call_impl)
     return model
+
+
+class _Prepared:
+    """A compiled call of a model whose inputs are prepared first."""
+
+    def __init__(self, model: torch.nn.Module, compiled: Any) -> None:
+        self.model, self.compiled = model, compiled
+        self.names = list(inspect.signature(model.forward).parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self.names, args, strict=False))
+        return self.compiled(**imagesizes.precompute(self.model, named | kwargs))
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
@@ -66,8 +83,25 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     before = model.__dict__.pop(_BEFORE, None)
     if before is not None:
         attention.restore(model, before)
+    imagesizes.restore(model)
     model._compiled_call_impl = None
     return model
+
+
+def export(
+    model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """Export a model that `rewrite` takes, also one whose own code cannot be exported because of its images' sizes.
+
+    Args:
+        model: an unmodified model in eval mode; it stays as it is.
+        inputs: keyword arguments of its forward. The program takes `precompute(model, inputs)`.
+        dynamic_shapes: as for torch.export.export, for those.
+    """
+    install_hooks(model.modules())
+    with torch.no_grad(), imagesizes.packed(model):
+        given = imagesizes.precompute(model, inputs)
+        return torch.export.export(model, (), given, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def rewrite(

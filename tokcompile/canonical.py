@@ -7,6 +7,8 @@ from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import same, size_of
 from tokcompile.axes.context import is_empty
+from tokcompile.maskedadd import PUTS, sum_under_mask
+from tokcompile.rejoin import rejoin
 
 aten = torch.ops.aten
 _CASTS = {
@@ -25,7 +27,8 @@ _BUFFERS = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.de
 def canonicalise(graph: Graph) -> int:
     """Remove casts, slices and concatenations that return their input, and constants nobody reads.
 
-    A buffer that is filled part by part becomes the concatenation that it is.
+    A buffer that is filled part by part becomes the concatenation that it is, and rows that are increased under a mask
+    become a sum.
 
     Returns:
         How many nodes were removed. Results of the graph stay bit-for-bit the same.
@@ -36,6 +39,11 @@ def canonicalise(graph: Graph) -> int:
             continue
         if node.target in _BUFFERS:
             _join_parts(graph, node)
+            continue
+        if node.target in PUTS:
+            sum_under_mask(graph, node)
+            continue
+        if node.target is aten.cat.default and rejoin(graph, node):
             continue
         if node.target is aten.narrow.default and all(isinstance(n, int) and n >= 0 for n in node.args[2:4]):
             value, dim, start, length = node.args  # a slice under another name

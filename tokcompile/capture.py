@@ -17,6 +17,7 @@ from torch.fx.traceback import preserve_node_meta
 from tokcompile.canonical import canonicalise
 from tokcompile.dynamo import prepare
 from tokcompile.errors import CaptureError
+from tokcompile.imagesizes import packed, precompute
 from tokcompile.inline import inline_regions
 from tokcompile.program import Program, place
 from tokcompile.vmaps import broadcast_maps
@@ -105,7 +106,7 @@ def _finish(program: Program) -> Program:
                     remedy="see the capture notes in docs/capture.md",
                 )
             if isinstance(attribute, torch.Tensor):  # make_fx gives constants a fake value of another mode
-                node.meta["val"] = program.fake_mode.from_tensor(attribute)
+                node.meta["val"] = program.fake_mode.from_tensor(attribute, static_shapes=True)
     canonicalise(program.graph)
     program.gm.recompile()
     return program
@@ -121,7 +122,7 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
     Args:
         model: any module. One without memory for weights, on the meta device or made under a FakeTensorMode, is not
             run; it must then be one graph.
-        inputs: keyword arguments of its forward.
+        inputs: keyword arguments of its forward; what the model computes in Python from sizes of images is added.
         dynamic: as for torch.compile.
 
     Returns:
@@ -144,7 +145,8 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
 
     torch._dynamo.reset()
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, packed(model):
+            inputs = precompute(model, inputs)
             torch.compile(model, backend=keep, dynamic=dynamic, fullgraph=meta)(**inputs)
     except _Captured:
         pass  # the graph is all that was wanted: a meta model cannot run

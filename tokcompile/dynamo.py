@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,12 +66,17 @@ def _install_hooks_before_tracing(*args: Any) -> None:
     already stay the only ones: twice the hooks would record every hidden state twice.
     """
     del args
+    install_hooks(gc.get_objects())
+
+
+def install_hooks(objects: Iterable[Any]) -> None:
+    """Give the transformers models among some objects the hooks that their first call would give them."""
     base = getattr(_optional("transformers"), "PreTrainedModel", None)
     module: Any = _optional("transformers.utils.output_capturing")
-    if base is None:
+    if base is None or module is None:
         return
     recorded = getattr(module, "_CAN_RECORD_REGISTRY", {})
-    models = [m for m in gc.get_objects() if issubclass(type(m), base) and _installs_hooks(m)]
+    models = [m for m in objects if issubclass(type(m), base) and _installs_hooks(m)]
     for model in sorted(models, key=lambda m: -sum(1 for _ in m.modules())):  # outer ones first
         if not any(getattr(part, _HOOKED, False) for part in model.modules()):
             module.maybe_install_capturing_hooks(model)
@@ -113,6 +119,7 @@ def _keep_vision_in_forward() -> None:
 def compiled_here(model: torch.nn.Module) -> bool:
     """Whether `model.compile(backend="tokred")` was called on a model."""
     call = getattr(model, "_compiled_call_impl", None)
+    call = getattr(call, "compiled", call)  # tokcompile.compile prepares the inputs of some models before it
     code, cells = getattr(call, "__code__", None), getattr(call, "__closure__", None) or ()
     names = code.co_freevars if code is not None else ()
     found = dict(zip(names, (c.cell_contents for c in cells), strict=False))

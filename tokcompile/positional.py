@@ -55,6 +55,13 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     """
     _refuse_indices(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
+    if node.target is aten.masked_scatter.default and {*node.args[:2]} & {*edited}:
+        raise EditError(
+            "features are put among tokens in turn after the place of the edit",
+            where=[place(node)],
+            found="fewer tokens to put them at than before",
+            remedy="drop tokens further down, or the features themselves",
+        )
     if token_map.reordered and node.target in _PLACES:
         _refuse_order(transport, node, token_map, edited[0])
     if node.target is aten.select.int:
