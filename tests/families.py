@@ -129,14 +129,31 @@ def kept_by_luck(valid: Tensor, group: Tensor, keep: int, ends: bool) -> byhand.
 
 def dropped(subject: Subject, stack: str, folder: Path, block: int = 1, keep: int = 9) -> tuple[list[Tensor], Any]:
     """Run compiled under a drop before a block: the outputs, and the tokens kept."""
+    torch._dynamo.reset()
+    pruned = prune(subject.model, **options_for(subject, stack, folder, block, keep))
+    return outputs(pruned(**subject.inputs)), pruned.kept[-1]
+
+
+def exported(subject: Subject) -> torch.export.ExportedProgram:
+    """The model as torch.export has it."""
+    with torch.no_grad():
+        return torch.export.export(subject.model, (), subject.inputs, strict=False)
+
+
+@torch.no_grad()
+def ran(program: torch.export.ExportedProgram, subject: Subject) -> list[Tensor]:
+    """What an exported program says."""
+    return outputs(program.module()(**subject.inputs))
+
+
+def options_for(subject: Subject, stack: str, folder: Path, block: int = 1, keep: float = 9) -> dict[str, Any]:
+    """A rule that drops random tokens before a block of a stack, with its parameters."""
     vlm = subject.family.kind == "vlm" and stack == "decoder"
     kind = "text" if stack == "decoder" and not vlm else "group"
-    options = {"rule": rule(folder, kind, stack), "keep": keep, "block": block}
+    options: dict[str, Any] = {"rule": rule(folder, kind, stack), "keep": keep, "block": block}
     if vlm or stack.startswith("vision"):
         options["among"] = "image"
-    torch._dynamo.reset()
-    pruned = prune(subject.model, **options)
-    return outputs(pruned(**subject.inputs)), pruned.kept[-1]
+    return options
 
 
 def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) -> list[Tensor]:

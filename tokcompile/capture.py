@@ -85,6 +85,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     kinds = torch.export.graph_signature.InputKind
     gm = copy.deepcopy(exported.graph_module)
     inline_regions(gm)
+    gm = broadcast_maps(gm)
     fakes = [n.meta.get("val") for n in gm.graph.nodes]
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None) or FakeTensorMode()
     program = Program(gm, mode, origin="export")

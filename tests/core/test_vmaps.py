@@ -9,7 +9,7 @@ import torch
 from harness import refusal
 from torch import Tensor, nn
 
-from tokcompile.capture import capture
+from tokcompile.capture import capture, from_export
 
 ROWS, TOKENS = 2, 5
 
@@ -48,6 +48,21 @@ def test_a_mapped_mask_follows_its_inputs(name: str) -> None:
     for given in (padding, other):
         (out,) = program.gm(given)
         assert torch.equal(out, model(given))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_mapped_mask_of_an_exported_program_follows_its_inputs(name: str) -> None:
+    model = Mapped(RULES[name])
+    padding = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    exported = torch.export.export(model, (padding,), strict=False)
+    program = from_export(exported)
+    assert not any("batch_dim" in str(n.target) for n in program.graph.nodes)
+    other = padding.clone()
+    other[1, :2] = False
+    for given in (padding, other):
+        (out,) = program.gm(given)
+        assert torch.equal(out, model(given))
+        assert out.shape == program.output.args[0][0].meta["val"].shape
 
 
 def test_what_is_no_broadcast_is_refused() -> None:

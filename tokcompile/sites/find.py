@@ -137,7 +137,7 @@ def _causal(site: Attention, reach: Reach) -> bool:
 def _hides_later(seen: torch.Tensor | None) -> bool:
     if seen is None or seen.ndim < 2 or 1 in seen.shape[-2:]:
         return False
-    hidden = ~seen if seen.dtype == torch.bool else seen <= torch.finfo(seen.dtype).min / 2
+    hidden = _hidden(seen)
     rows, columns = seen.shape[-2:]
     later = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
     own = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows).tril(columns - rows)
@@ -147,7 +147,8 @@ def _hides_later(seen: torch.Tensor | None) -> bool:
 def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | None) -> Node | None:
     """The caller's two-dimensional padding mask: an integer or bool input that reaches attention as a mask.
 
-    One that reaches nothing else comes first; learned positions may be counted from it too, token numbers never are.
+    One that hides every token when it is 0 comes first: another input may tell kinds of tokens apart in the same mask.
+    Then one that reaches nothing else; learned positions may be counted from it too, token numbers never are.
     """
     site = stack.blocks[0].attention
     mask = site.padding if site.padding is not None else site.mask
@@ -161,7 +162,20 @@ def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | Non
         and reach.above(n, mask)
         and not (embedding is not None and reach.above(n, embedding.args[1]))
     ]
-    return min(found, key=lambda n: reach.above(n, start), default=None)
+    if len(found) == 1:
+        return found[0]
+    return min(
+        found, key=lambda n: (not _hides_all(evaluate(mask, reach, zeros={n})), reach.above(n, start)), default=None
+    )
+
+
+def _hides_all(seen: torch.Tensor | None) -> bool:
+    return seen is not None and bool(_hidden(seen).all())
+
+
+def _hidden(seen: torch.Tensor) -> torch.Tensor:
+    """Where a mask lets nothing through: false, or as low as its numbers go, or an integer 0."""
+    return seen <= torch.finfo(seen.dtype).min / 2 if seen.dtype.is_floating_point else seen == 0
 
 
 def _rows_of_integers(node: Node) -> bool:
