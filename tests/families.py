@@ -148,12 +148,16 @@ def ran(program: torch.export.ExportedProgram, subject: Subject) -> list[Tensor]
 
 def options_for(subject: Subject, stack: str, folder: Path, block: int = 1, keep: float = 9) -> dict[str, Any]:
     """A rule that drops random tokens before a block of a stack, with its parameters."""
-    vlm = subject.family.kind == "vlm" and stack == "decoder"
-    kind = "text" if stack == "decoder" and not vlm else "group"
+    images = among(subject, stack) == "image"
+    kind = "text" if stack == "decoder" and not images else "group"
     options: dict[str, Any] = {"rule": rule(folder, kind, stack), "keep": keep, "block": block}
-    if vlm or stack.startswith("vision"):
-        options["among"] = "image"
-    return options
+    return {**options, "among": "image"} if images else options
+
+
+def among(subject: Subject, stack: str) -> str:
+    """Which tokens a rule chooses from: those of images where a sequence has some."""
+    spliced = subject.sites.splice is not None and stack == "decoder"
+    return "image" if spliced or stack.startswith("vision") else "all"
 
 
 def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) -> list[Tensor]:

@@ -23,7 +23,6 @@ from tokcompile.models import catalogue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = "takes the token axis apart"
-COUNT = "known only when the model runs"
 ROWS = r"needs a value \[B, T, C\]"  # patches of all images are one sequence, without rows
 REFUSED = {
     ("dit", "vision"): GRID,  # latents are put together from every patch
@@ -33,17 +32,13 @@ REFUSED = {
     ("mllama", "vision"): GRID,  # tiles of one picture
     ("smolvlm", "vision"): GRID,
     ("idefics3", "vision"): GRID,
-    ("smolvlm", "decoder"): COUNT,  # empty tiles are taken out by their values
-    ("idefics3", "decoder"): COUNT,
-    ("mllama", "decoder"): "no image tokens in this graph",  # images are read by cross-attention
     ("llava_next", "vision"): GRID,
     ("llava_onevision", "vision"): GRID,
     ("mistral3", "vision"): "does not run",
     ("qwen2_vl", "vision"): ROWS,
     ("qwen2_5_vl", "vision"): ROWS,
     ("qwen3_vl", "vision"): ROWS,
-    ("molmo2", "encoder"): "picks tokens by their number",
-    ("molmo2", "decoder"): "do not divide evenly",
+    ("molmo2", "vision"): "picks tokens by their number",
 }
 SPLIT = {"llava_next": {"decoder": 4}}  # counts patches with NumPy: the text is a piece of its own
 WHOLE = {"llava_next": {"vision": 3, "decoder": 4}}  # as torch.export has it
@@ -58,7 +53,7 @@ STACKS: dict[str, dict[str, int]] = {
     "swin": {"vision": 2, "vision2": 2},
     "llava": {"vision": 3, "decoder": 4},
     "mllama": {"vision": 3, "decoder": 4},
-    "molmo2": {"encoder": 3, "decoder": 4},
+    "molmo2": {"vision": 3, "decoder": 4},
     "qwen3_vl": {"vision": 3, "decoder": 4},
     **{
         name: {"vision": 2, "decoder": 4}
@@ -168,13 +163,11 @@ def test_keeping_everything_keeps_every_bit(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = families.outputs(it.model(**it.inputs))
     for stack in stacks(name):
-        if stack == "vision2" or (name, stack) == ("molmo2", "encoder") or REFUSED.get((name, stack)) == ROWS:
+        if stack == "vision2" or REFUSED.get((name, stack)) == ROWS:
             continue
-        images = stack == "vision" or (it.family.kind == "vlm" and (name, stack) not in REFUSED)
-        among = "image" if images else "all"
         path = families.rule(tmp_path, "group", stack)
         torch._dynamo.reset()
-        pruned = prune(it.model, rule=path, keep=1.0, among=among)
+        pruned = prune(it.model, rule=path, keep=1.0, among=families.among(it, stack))
         assert families.compared(families.outputs(pruned(**it.inputs)), expected) == 0
 
 
@@ -199,7 +192,7 @@ def _chosen_by_luck(it: families.Subject, stack: str, kept: list[list[int]]) -> 
         return
     name = "decoder_attention_mask" if (it.family.kind, stack) == ("encoder-decoder", "decoder") else "attention_mask"
     valid = it.inputs[name].bool()
-    images = it.family.kind == "vlm"
+    images = families.among(it, stack) == "image"
     group = it.inputs["input_ids"] == it.model.config.image_token_id if images else torch.ones_like(valid)
     assert kept == families.kept_by_luck(valid, group, 7, ends=stack == "decoder" and not images)
 
@@ -212,8 +205,8 @@ def test_an_exported_program_keeps_its_bits_and_drops_or_is_refused(name: str, s
             tokcompile.rewrite(program, **families.options_for(it, stack, tmp_path, keep=7))
         assert caught.value.where
         return
-    among = "image" if stack == "vision" or it.family.kind == "vlm" else "all"
-    everything = tokcompile.rewrite(program, families.rule(tmp_path, "group", stack), keep=1.0, among=among)
+    path, among = families.rule(tmp_path, "group", stack), families.among(it, stack)
+    everything = tokcompile.rewrite(program, path, keep=1.0, among=among)
     assert families.compared(families.ran(everything, it), families.ran(program, it)) == 0
     if stack == "vision" and name in IN_TOWER:
         pytest.skip("the text follows the tower: test_vision.py")

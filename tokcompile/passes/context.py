@@ -13,7 +13,7 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
-from tokcompile.positional import hint
+from tokcompile.positional import count
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites
 
@@ -266,4 +266,4 @@ def _chain(start: Dim, goal: Dim) -> list[Node] | None:
 
 def rows_of(ctx: Context, node: Node) -> int:
     """Batch rows of a value, as seen at capture."""
-    return hint(node.meta["val"].shape[0])
+    return count(node, 0)

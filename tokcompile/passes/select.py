@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch.fx import Node
 
@@ -9,7 +11,7 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
-from tokcompile.positional import hint, images_per_row
+from tokcompile.positional import count, images_per_row
 from tokcompile.steps import Select
 
 aten = torch.ops.aten
@@ -116,14 +118,14 @@ def _count(axis: Dim) -> int:
 def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     """Image tokens per row on a text axis: what the splice put there, less what was dropped since."""
     splice = ctx.sites.splice
-    features = splice.features.meta["val"]
-    spliced = 1
-    for size in features.shape[:-1]:
-        spliced = spliced * hint(size)
-    rows = hint(splice.node.meta["val"].shape[0])
+    projector = ctx.sites.projector
+    # Features that were handed out row by row are joined to a length that only the model knows.
+    counted = splice.features if projector is None or not _unknown(splice.features) else projector.input
+    spliced = prod(count(counted, dim) for dim in range(counted.meta["val"].ndim - 1))
+    rows = count(splice.node, 0)
     if spliced % rows:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
-    images = images_per_row(ctx.sites.projector.input, splice.node) if ctx.sites.projector is not None else 1
+    images = images_per_row(projector.input, splice.node) if projector is not None else 1
     if images > 1 and step.per == "image":
         raise EditError(
             "a budget per image needs the images' own axis",
@@ -132,6 +134,10 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
         )
     before = ctx.editor.size(splice.node, 1)
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
+
+
+def _unknown(node: Node) -> bool:
+    return any(not isinstance(s, int) and s.node.hint is None for s in node.meta["val"].shape)
 
 
 def _topk(ctx: Context, step: Select) -> Selection:

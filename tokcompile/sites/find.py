@@ -105,7 +105,8 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
     for stack in found:
         entry = stack.blocks[0].input
         spliced = splice is not None and reach.above(splice.node, entry)
-        if reach.any_above(entry, images) and not spliced:
+        seen = splice is not None and reach.above(entry, splice.features)
+        if (reach.any_above(entry, images) or seen) and not spliced:
             kind = "vision"
         elif any(b in caches for b in stack.blocks) or _causal(stack.blocks[0].attention, reach):
             kind = "decoder"
