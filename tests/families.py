@@ -91,10 +91,10 @@ def rule(folder: Path, kind: str, stack: str) -> str:
     return str(path)
 
 
-def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList:
+def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList | nn.Sequential:
     """The modules of a stack's blocks, by the display path of its first block."""
     path = "." + re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
-    lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
     found = None
     while path:
         path = path.rpartition(".")[0]
@@ -151,7 +151,7 @@ FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hid
 """Models that end with a view to the length that they were called with: what is left to do after the last block."""
 
 
-def _last_states(subject: Subject, blocks: nn.ModuleList) -> Tensor:
+def _last_states(subject: Subject, blocks: nn.ModuleList | nn.Sequential) -> Tensor:
     states: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, args, out: states.append(out))
     try:
