@@ -24,7 +24,7 @@ COUNT = "known only when the model runs"
 REFUSED = {
     ("dit", "vision"): GRID,  # latents are put together from every patch
     ("swin", "vision"): GRID,  # windows
-    ("timm_swin", "vision"): GRID,
+    ("timm_swin", "vision"): "a score needs a value",  # windows, and rows and columns are two dimensions
     ("internvl", "vision"): GRID,  # neighbouring patches become one feature
     ("gemma3", "vision"): GRID,
     ("mllama", "vision"): GRID,  # tiles of one picture
@@ -36,6 +36,8 @@ REFUSED = {
     ("molmo2", "encoder"): "picks tokens by their number",
     ("molmo2", "decoder"): "do not divide evenly",
 }
+UNSCORED = {("molmo2", "encoder"), ("timm_swin", "vision")}
+"""Stacks whose tokens no rule can choose from, so that none can keep them all."""
 SPLIT = {  # their image towers run once for each image size: the text is a piece of its own
     "llava_next": {"decoder": 4},
     "llava_onevision": {"decoder": 4},
@@ -138,9 +140,10 @@ def test_keeping_everything_keeps_every_bit(name: str, tmp_path: Path) -> None:
     it = subject(name)
     with torch.no_grad():
         expected = families.outputs(it.model(**it.inputs))
-    for stack in stacks(name):
-        if stack == "vision2" or (name, stack) == ("molmo2", "encoder"):
-            continue
+    tried = [stack for stack in stacks(name) if stack != "vision2" and (name, stack) not in UNSCORED]
+    if not tried:
+        pytest.skip("no tokens to choose from")
+    for stack in tried:
         images = stack == "vision" or (it.family.kind == "vlm" and (name, stack) not in REFUSED)
         among = "image" if images else "all"
         path = families.rule(tmp_path, "group", stack)
