@@ -194,6 +194,13 @@ class Transport:
                 found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
                 remedy="drop tokens further down",
             )
+        if any(resolve(m.axis) == resolve(token_map.axis) for m in self.edited.get(value, [])):
+            raise EditError(
+                "tokens meet that an edit and the model put in different places",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
+                remedy="drop tokens further down",
+            )
         if any(_writes(u, value) for u in value.users):
             raise EditError(
                 "a value that the model writes in place cannot be gathered",

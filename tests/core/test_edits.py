@@ -231,6 +231,19 @@ def test_a_range_at_an_end_follows_a_cut_that_leaves_the_ends(name: str) -> None
     assert difference(cut(RANGES[name], X, kept), RANGES[name](reduced(X, kept))) == 0
 
 
+SHIFTED = {
+    "the-first-last": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1) * x,
+    "joined-at-different-ends": lambda x: torch.cat([_ones(x), x], 1) * torch.cat([x, _ones(x)], 1),
+    "without-different-ends": lambda x: x[:, 1:] * x[:, :-1],
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_tokens_that_meet_their_neighbours_are_refused(name: str) -> None:
+    with pytest.raises(Refused, match="different places|position|takes"):
+        cut(SHIFTED[name], X, [[0, 1, 3, 5], [0, 1, 4, 5]])
+
+
 def test_a_table_made_from_places_is_gathered_not_made_anew() -> None:
     def function(x: Tensor, places: Tensor | None = None) -> Tensor:
         places = torch.arange(x.shape[1]) if places is None else places
