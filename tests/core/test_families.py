@@ -165,6 +165,9 @@ def test_a_drop_equals_the_run_by_hand_or_is_refused(name: str, stack: str, tmp_
     got, kept = families.dropped(it, stack, tmp_path, keep=7)
     assert families.compared(got, families.hand_run(it, stack, kept)) == 0
     _chosen_by_luck(it, stack, kept)
+    front = getattr(it.model, "num_prefix_tokens", None)
+    if front is not None:  # class and register tokens are no image tokens
+        assert all(row[:front] == list(range(front)) and len(row) == front + 7 for row in kept)
 
 
 def _chosen_by_luck(it: families.Subject, stack: str, kept: list[list[int]]) -> None:
