@@ -1,11 +1,13 @@
 # make demo and make test each set up a virtual environment of their own, and run. Needs Python 3.11 or newer.
 #   PYTHON    which Python makes the environment
 #   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
+#   EXTRAS    what is installed beside the package; demo,dev,timm has the families of timm tested, too
 PYTHON ?= python3
 PIP_ARGS ?=
+EXTRAS ?= demo,dev
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(EXTRAS)
 
 .PHONY: setup demo test test-slow coverage lint format train schema results clean
 
@@ -14,7 +16,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokcompile needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup

@@ -7,7 +7,7 @@ make; here the lengths of the examples are chosen so that it cannot be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,10 @@ from torch.utils._pytree import tree_map_only
 
 Kept = list[list[int]]
 """For each batch row the indices of the tokens that stay, ascending."""
+METHODS = ("_get_rel_pos_bias",)
+"""Methods of modules that make a table for all places of their own accord."""
+ROTARY = "rope"
+"""The argument of blocks whose table leaves out the tokens in front that are not turned."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,34 @@ def applied(cuts: Sequence[Cut]) -> Iterator[None]:
             for module in (m for block in following for m in block.modules()):
                 if "bias" in type(module).__name__.lower():  # it makes a table for all places of its own accord
                     stack.callback(module.register_forward_hook(_shortened(cut)).remove)
+                for name in METHODS:
+                    if hasattr(module, name):
+                        stack.callback(_wrapped(module, name, cut))
         yield
+
+
+def _wrapped(module: nn.Module, name: str, cut: Cut) -> Callable[[], None]:
+    """Let a method of one module return what is left; returns what undoes it."""
+    method = getattr(module, name)
+    setattr(module, name, lambda: take(method(), cut.kept, cut.length))
+    return lambda: delattr(module, name)
 
 
 def _shortener(cut: Cut) -> Any:
     def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
         del module
-        return tree_map_only(Tensor, lambda v: take(v, cut.kept, cut.length), (args, kwargs))
+        turns = {ROTARY: turned(kwargs[ROTARY], cut.kept, cut.length)} if kwargs.get(ROTARY) is not None else {}
+        rest = {name: value for name, value in kwargs.items() if name not in turns}
+        args, rest = tree_map_only(Tensor, lambda v: take(v, cut.kept, cut.length), (args, rest))
+        return args, rest | turns
 
     return shorten
+
+
+def turned(table: Tensor, kept: Kept, length: int) -> Tensor:
+    """A rotary table [N, D] as [B, 1, N', D], for all heads; it leaves out tokens in front that are not turned."""
+    front = length - len(table)
+    return torch.stack([table[[i - front for i in row if i >= front]] for row in kept]).unsqueeze(1)
 
 
 def _shortened(cut: Cut) -> Any:

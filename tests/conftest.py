@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import unloaded
 from hypothesis import settings
 
+unloaded.declare_operators()
 torch.set_num_threads(2)
 
 # A busy machine is no failure, and a run must say the same twice.

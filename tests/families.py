@@ -97,10 +97,10 @@ def rule(folder: Path, kind: str, stack: str) -> str:
     return str(path)
 
 
-def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList:
+def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList | nn.Sequential:
     """The modules of a stack's blocks, by the display path of its first block."""
     path = "." + re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
-    lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
     found = None
     while path:
         path = path.rpartition(".")[0]
@@ -202,7 +202,7 @@ def _added_late(model: nn.Module, cut: byhand.Cut) -> Iterator[None]:
         del text._deepstack_process
 
 
-def _last_states(subject: Subject, blocks: nn.ModuleList) -> Tensor:
+def _last_states(subject: Subject, blocks: nn.ModuleList | nn.Sequential) -> Tensor:
     states: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, args, out: states.append(out))
     try:

@@ -14,7 +14,7 @@ from tokcompile.axes.atoms import same
 from tokcompile.axes.context import MAX, arg, is_empty, wrap
 from tokcompile.axes.rules import RULES as AXIS_RULES
 from tokcompile.axes.rules import ordered, source, unsorted
-from tokcompile.edit import add, sub
+from tokcompile.edit import Length, add, sub
 from tokcompile.errors import EditError
 from tokcompile.program import place
 from tokcompile.shapes import flat_size
@@ -136,11 +136,30 @@ def _slice(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
     end = None if isinstance(end, int) and end >= MAX else end
     if not isinstance(start, int) or step != 1 or not (end is None or isinstance(end, int)):
         raise EditError("the model takes a range of tokens by computed bounds", where=[place(node)])
-    if end is not None and end > 0 and isinstance(token_map.old, int):
-        end = end - token_map.old  # counted from the end, where it stays true
+    if transport.of(value)[where] == resolve(token_map.axis):
+        start, end = _near_bounds(start, end, token_map.old)
+    elif start or end is not None:
+        raise EditError("the model takes a range of several sequences in one", where=[place(node)])
+    if not start and end is None:
+        return None
+    transport.editor.set_args(node, [value, node.args[1], start, MAX if end is None else end])
     if start < 0 or (end is not None and end > 0):
         return _short_slice(transport, node, token_map, start, end)
     return _long_slice(transport, node, token_map, where, start, end)
+
+
+def _near_bounds(start: int, end: int | None, old: Length) -> tuple[int, int | None]:
+    """Bounds of a range, each counted from the end of the sequence that is nearer: there it stays true after an edit.
+
+    `[0:1]` of many tokens is the first of them, `[0:-1]` and its like with a number are all but the last.
+    """
+    if not isinstance(old, int):
+        return start, end
+    if 2 * start > old:
+        start -= old
+    if end is not None and 2 * end > old:
+        end = end - old if end < old else None
+    return start, end
 
 
 def _short_slice(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int | None) -> TokenMap:
@@ -166,12 +185,19 @@ def _long_slice(
     transport: Transport, node: Node, token_map: TokenMap, where: int, start: int, end: int | None
 ) -> TokenMap:
     """All tokens but a fixed number at the ends: those must have stayed, and the rest follows the map."""
-    editor, axis = transport.editor, transport.of(node)[where]
-    stop = MAX if end is None else end
-    editor.set_args(node, [node.args[0], node.args[1], start, stop])
-    node.meta["val"] = editor.evaluate(node)
+    axis = transport.of(node)[where]
+    node.meta["val"] = transport.editor.evaluate(node)
     if token_map.parent is not None and resolve(token_map.parent.axis) == axis:
         return token_map.parent  # what was joined is taken off again
+    key = ("range", token_map, axis, start, end)
+    if key not in transport.derived:
+        transport.derived[key] = _range(transport, node, token_map, axis, start, end)
+    return transport.derived[key]
+
+
+def _range(transport: Transport, node: Node, token_map: TokenMap, axis: Any, start: int, end: int | None) -> TokenMap:
+    """The map of all tokens but a fixed number at the ends. One for all that take it: they may meet again."""
+    editor, stop = transport.editor, MAX if end is None else end
     if start:
         _require_kept(transport, node, token_map, 0, start)
     if end is not None:
@@ -188,6 +214,7 @@ def _long_slice(
         old=editor.arithmetic(sub, token_map.old, gone),
         new=editor.arithmetic(sub, token_map.new, gone),
         parent=None,
+        part=(token_map, start, -(end or 0)),
     )
 
 
@@ -222,7 +249,7 @@ def _sort(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | N
     new = flat_size(transport, node, before[where], token_map)
     old = flat_size(transport, node, before[where], replace(token_map, new=token_map.old))
     node.meta["val"] = transport.editor.evaluate(node)
-    return replace(token_map, axis=after[where], rows=(), old=old, new=new, parent=token_map, reordered=True)
+    return replace(token_map, axis=after[where], rows=(), old=old, new=new, parent=token_map, part=None, reordered=True)
 
 
 def _unsort(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
@@ -274,12 +301,25 @@ def _is_input(transport: Transport, node: Node) -> bool:
 
 def _joined(transport: Transport, node: Node, token_map: TokenMap, where: int, own: int) -> TokenMap:
     """The map of a sequence that joins the tokens with others, all of which stay."""
-    editor = transport.editor
     for value in list(node.args[0]):
         if token_map not in transport.edited.get(value, []):
             transport.bring(node, value, token_map)
     sizes = [v.meta["val"].shape[where] for v in node.args[0]]
     before, after = sum(sizes[:own]), sum(sizes[own + 1 :])
+    node.meta["val"] = transport.editor.evaluate(node)
+    axis = transport.of(node)[where]
+    whole, *taken = token_map.part or (None,)
+    if whole is not None and taken == [before, after] and resolve(whole.axis) == axis:
+        return whole  # what was taken off is joined again: as many tokens, all of which stayed
+    key = ("joined", token_map, axis, before, after)
+    if key not in transport.derived:
+        transport.derived[key] = _extended(transport, token_map, axis, before, after)
+    return transport.derived[key]
+
+
+def _extended(transport: Transport, token_map: TokenMap, axis: Any, before: int, after: int) -> TokenMap:
+    """The map of a sequence with more tokens at its ends. One for all that join them: they may meet again."""
+    editor = transport.editor
     source_ = editor.call(aten.add.Tensor, token_map.source, before) if before else token_map.source
     keep = token_map.keep
     rows = editor.size(source_, 0)
@@ -295,9 +335,7 @@ def _joined(transport: Transport, node: Node, token_map: TokenMap, where: int, o
             first = count == before and start == 0
             source_ = editor.call(aten.cat.default, [index, source_] if first else [source_, index], 1)
             keep = editor.call(aten.cat.default, [stays, keep] if first else [keep, stays], 1)
-    node.meta["val"] = editor.evaluate(node)
-    axis = transport.of(node)[where]
-    return replace(token_map, axis=axis, source=source_, keep=keep, old=old, new=new, parent=token_map)
+    return replace(token_map, axis=axis, source=source_, keep=keep, old=old, new=new, parent=token_map, part=None)
 
 
 def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:

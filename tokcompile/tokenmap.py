@@ -40,6 +40,7 @@ class TokenMap:
         old, new: T and T'.
         positions: `keep` or `compact`, what happens to rotary coordinates.
         parent: the map that this one follows from; None for a map that a pass made.
+        part: the map of a sequence that this one's is a range of, and how many tokens of it are before and after.
         reordered: the axis is an order that the model sorts tokens into: computed anew on the tokens that are left, so
             that no value made for the old tokens fits it, and `source` and `keep` are those of the parent.
     """
@@ -52,6 +53,7 @@ class TokenMap:
     new: Length
     positions: str = "keep"
     parent: TokenMap | None = None
+    part: tuple[TokenMap, int, int] | None = None
     reordered: bool = False
 
 
@@ -74,6 +76,7 @@ class Transport:
         self.splice = sites.splice
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
+        self.derived: dict[tuple[Any, ...], TokenMap] = {}
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
@@ -187,6 +190,13 @@ class Transport:
         if token_map.reordered:
             raise EditError(
                 "a value that was made for all tokens meets tokens in another order",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
+                remedy="drop tokens further down",
+            )
+        if any(resolve(m.axis) == resolve(token_map.axis) for m in self.edited.get(value, [])):
+            raise EditError(
+                "tokens meet that an edit and the model put in different places",
                 where=[place(user)],
                 found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
                 remedy="drop tokens further down",

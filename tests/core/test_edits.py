@@ -207,6 +207,43 @@ def test_a_cut_gives_what_the_function_gives_on_the_reduced_sequence(name: str) 
     assert difference(cut(function, X, KEPT, W, INDEX), function(reduced(X, KEPT), W, INDEX)) == 0
 
 
+RANGES = {
+    "first": lambda x: x[:, :1],
+    "second": lambda x: x[:, 1:2],
+    "last": lambda x: x[:, x.shape[1] - 1 :],
+    "all-but-the-last": lambda x: x[:, : x.shape[1] - 1].relu(),
+    "all-by-their-number": lambda x: x[:, : x.shape[1]].relu(),
+    "the-same-twice": lambda x: x[:, 1:].cos() * x[:, 1:],
+    "apart-and-joined-again": lambda x: torch.cat([x[:, :1], x[:, 1:].cos()], 1) * x,
+    "apart-at-both-ends": lambda x: torch.cat([x[:, :1] * 2, x[:, 1:-1].cos(), x[:, -1:]], 1) * x,
+    "apart-and-joined-with-others": lambda x: torch.cat([torch.zeros(2, 3, WIDE), x[:, 1:].cos()], 1),
+    "joined-with-others-twice": lambda x: torch.cat([_ones(x), x], 1) * torch.cat([_ones(x) * 2, x.cos()], 1),
+}
+
+
+def _ones(x: Tensor) -> Tensor:
+    return torch.ones(2, 1, WIDE, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_range_at_an_end_follows_a_cut_that_leaves_the_ends(name: str) -> None:
+    kept = [[0, 1, 3, 5], [0, 1, 4, 5]]
+    assert difference(cut(RANGES[name], X, kept), RANGES[name](reduced(X, kept))) == 0
+
+
+SHIFTED = {
+    "the-first-last": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1) * x,
+    "joined-at-different-ends": lambda x: torch.cat([_ones(x), x], 1) * torch.cat([x, _ones(x)], 1),
+    "without-different-ends": lambda x: x[:, 1:] * x[:, :-1],
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_tokens_that_meet_their_neighbours_are_refused(name: str) -> None:
+    with pytest.raises(Refused, match="different places|position|takes"):
+        cut(SHIFTED[name], X, [[0, 1, 3, 5], [0, 1, 4, 5]])
+
+
 def test_a_table_made_from_places_is_gathered_not_made_anew() -> None:
     def function(x: Tensor, places: Tensor | None = None) -> Tensor:
         places = torch.arange(x.shape[1]) if places is None else places

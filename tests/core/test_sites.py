@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import fleet
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from tokcompile import AddressError
 from tokcompile.capture import capture
+from tokcompile.errors import EditError
 from tokcompile.models import zoo
+from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
+from tokcompile.rulefile import parse_rules
 from tokcompile.sites import Sites, addresses, find_sites, resolve_address
 
 aten = torch.ops.aten
@@ -310,6 +314,41 @@ def test_written_out_attention_is_matched_with_its_scale(scores: Any, scale: flo
     assert site.scale == pytest.approx(scale) and (site.mask is not None) == has_mask and len(sites.stacks) == 1
     # The key is the one that is written down in rows, or is known to lie in columns.
     assert site.key.meta["val"].shape[-1 if site.key_transposed else -2] == T
+
+
+def _in_windows(scores: Tensor, bias: Tensor, windows: Tensor) -> Tensor:
+    """Masks of two kinds: one for all, and one for each window; rows of the batch are windows."""
+    shape = scores.shape
+    scores = (scores + bias).view(1, shape[0], *shape[1:]) + windows[None, :, None]
+    return scores.view(shape)
+
+
+COUNT = """
+rule: count
+about: Count attention.
+steps:
+  - score: {name: much, by: attention_received, at: STACK.0.attention, queries: all}
+  - select: {name: kept, by: topk, scores: much, among: all, keep: 3}
+  - drop: {at: STACK.1.input, keep: kept, positions: keep}
+"""
+
+
+def test_attention_under_several_masks_is_matched_and_its_weights_are_not_counted(tmp_path: Path) -> None:
+    def blocks(x: Tensor, mask: Tensor) -> Tensor:
+        for _ in range(2):
+            query, key, value = _project(x)
+            x = x + _join(_in_windows(query @ key.mT * 0.5, mask[:1], mask[:, 0]).softmax(-1) @ value)
+        return x
+
+    program = traced(blocks, X, MASK)
+    sites = find_sites(program)
+    assert [len(stack.blocks) for stack in sites.stacks.values()] == [2]
+    assert all(site.partial and site.scale == pytest.approx(0.5) for site in sites.attentions)
+    (name,) = sites.stacks
+    rule = tmp_path / "count.yaml"
+    rule.write_text(COUNT.replace("STACK", name))
+    with pytest.raises(EditError, match="several masks"):
+        apply_rules(program, parse_rules({"rule": str(rule)}))
 
 
 NOT_ATTENTION = {

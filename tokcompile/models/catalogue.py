@@ -60,6 +60,7 @@ class Family(BaseModel):
         config: of the configuration; a mapping inside is a configuration inside.
         options: further arguments of the maker of inputs.
         fill: values of parameters, by a pattern of their names, such as of gates that are closed at the start.
+        attributes: values of attributes, for every module that has one of that name.
         needs: the module that it needs beside transformers.
         about: what is special about it.
     """
@@ -75,6 +76,7 @@ class Family(BaseModel):
     config: dict[str, Any] = {}
     options: dict[str, Any] = {}
     fill: dict[str, float] = {}
+    attributes: dict[str, Any] = {}
     needs: str = ""
     about: str = ""
 
@@ -103,6 +105,10 @@ class Family(BaseModel):
             for pattern, value in self.fill.items():
                 if fnmatch(name, pattern):
                     nn.init.constant_(parameter, value)
+        for module in model.modules():
+            for name, value in self.attributes.items():
+                if hasattr(module, name):
+                    setattr(module, name, value)
         return model.eval().to(dtype)
 
     def _model(self) -> nn.Module:

@@ -38,6 +38,12 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
     site = place.attention
     if site is None:
         raise EditError("attention received is counted at an attention site", found=place.address)
+    if site.partial:
+        raise EditError(
+            "attention received cannot be counted where the model adds several masks to its scores",
+            where=[node_place(site.node)],
+            remedy="score by something else, or load the model with fused attention",
+        )
     axes = ctx.program.axes
     with ctx.editor.before(site.node):
         key = ctx.editor.call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key

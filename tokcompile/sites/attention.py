@@ -14,6 +14,7 @@ aten = torch.ops.aten
 _THROUGH = {aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _ADD = {aten.add.Tensor, aten.add_.Tensor}
+_VIEWS = {aten.view.default, aten.reshape.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.softmax.Dim if hasattr(aten.softmax, "Dim") else None}
 
 
@@ -30,6 +31,7 @@ class Attention:
         is_causal: the flag of the fused call.
         softcap: tanh cap of the scores, 0 without one.
         sinks: [B, H, Tq, 1], logits beside those of the keys that take a share of the attention; None without.
+        partial: `mask` is one of several that are added, perhaps in another shape: weights cannot be computed from it.
         key_transposed: `key` is [B, H, D, Tk], as written-out attention may have it.
     """
 
@@ -44,6 +46,7 @@ class Attention:
     softcap: float = 0.0
     key_transposed: bool = False
     sinks: Node | None = None
+    partial: bool = False
 
 
 def find_attention(graph: Graph) -> list[Attention]:
@@ -89,7 +92,7 @@ def _skip(node: Any) -> Any:
 
 
 def _by_hand(node: Node) -> Attention | None:
-    """matmul(softmax(cap(q k^T * scale) + mask), v), each part but the products and the softmax optional."""
+    """matmul(softmax(cap(q k^T * scale) + masks), v), each part but the products and the softmax optional."""
     if node.target not in _PRODUCTS:
         return None
     weights, value = _skip(node.args[0]), node.args[1]
@@ -100,15 +103,15 @@ def _by_hand(node: Node) -> Attention | None:
     scores, sinks = _without_sinks(_skip(weights.args[0])) if sunk else (_skip(weights.args[0]), None)
     if sunk and sinks is None:
         return None
-    mask, cap = None, 0.0
-    if scores.target in _ADD:
-        scores, mask = _skip(scores.args[0]), scores.args[1]
+    masked, cap = scores, 0.0
+    scores, masks, viewed = _unmasked(masked)
     scores, scale = _scaled(scores)
     if scores.target is aten.tanh.default:
         cap = scale
         scores, scale = _scaled(_skip(scores.args[0]))
         scale *= cap  # tanh(scores * scale / cap) * cap: the inner factor carries both
-    if scores.target not in _PRODUCTS:
+    back = not viewed or scores.meta["val"].shape == masked.meta["val"].shape
+    if scores.target not in _PRODUCTS or not back:
         return None
     query, key = scores.args
     transposed = not (key.target is aten.transpose.int and {d % 4 for d in key.args[1:]} == {2, 3})
@@ -117,12 +120,31 @@ def _by_hand(node: Node) -> Attention | None:
         query,
         key if transposed else key.args[0],
         value,
-        mask=mask,
+        mask=masks[0] if masks else None,
         scale=scale,
         softcap=cap,
         key_transposed=transposed,
         sinks=sinks,
+        partial=viewed or len(masks) > 1,
     )
+
+
+def _unmasked(scores: Node) -> tuple[Node, list[Node], bool]:
+    """Take masks off that are added to scores, and views there and back, as to add one for each window.
+
+    Returns:
+        The scores, the masks from the last on, and whether there were views.
+    """
+    masks: list[Node] = []
+    viewed = False
+    while True:
+        if scores.target in _ADD and isinstance(scores.args[1], Node):
+            masks.append(scores.args[1])
+        elif scores.target in _VIEWS:
+            viewed = True
+        else:
+            return scores, masks, viewed
+        scores = _skip(scores.args[0])
 
 
 def _without_sinks(scores: Node) -> tuple[Node, Node | None]:

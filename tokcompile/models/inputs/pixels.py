@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 
 def pixels(
-    model: nn.Module, batch: int, padded: bool, length: int, seed: int, size: int = 0, channels: int = 3
+    model: nn.Module,
+    batch: int,
+    padded: bool,
+    length: int,
+    seed: int,
+    size: int = 0,
+    channels: int = 3,
+    name: str = "pixel_values",
 ) -> dict[str, Tensor]:
     """pixel_values, float32 [batch, channels, size, size]; nothing is padded.
 
@@ -19,11 +26,12 @@ def pixels(
         seed: of the pixels.
         size: height and width, for a model without a configuration.
         channels: for a model without a configuration.
+        name: of the argument.
     """
     config = getattr(model, "config", None)
     size, channels = getattr(config, "image_size", size), getattr(config, "num_channels", channels)
     rng = torch.Generator().manual_seed(seed)
-    return {"pixel_values": torch.randn(batch, channels, size, size, generator=rng)}
+    return {name: torch.randn(batch, channels, size, size, generator=rng)}
 
 
 def latents(model: nn.Module, batch: int, padded: bool, length: int, seed: int) -> dict[str, Tensor]:
