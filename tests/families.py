@@ -160,9 +160,17 @@ def among(subject: Subject, stack: str) -> str:
     return "image" if spliced or stack.startswith("vision") else "all"
 
 
-def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) -> list[Tensor]:
-    """The same by hand, given the tokens."""
-    length = subject.sites.stacks[stack].blocks[0].input.meta["val"].shape[1]
+def hand_run(
+    subject: Subject,
+    stack: str,
+    kept: byhand.Kept,
+    block: int = 1,
+    inputs: dict[str, Any] | None = None,
+    length: int | None = None,
+) -> list[Tensor]:
+    """The same by hand, given the tokens; of other inputs than the example's, whose sequence has another length."""
+    inputs = subject.inputs if inputs is None else inputs
+    length = length or subject.sites.stacks[stack].blocks[0].input.meta["val"].shape[1]
     readers: Any = ()
     if stack == "encoder" and "decoder" in subject.sites.stacks:
         readers = blocks_of(subject.model, subject.sites, "decoder")
@@ -170,8 +178,8 @@ def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) ->
     cut = byhand.Cut(blocks, block, kept, length, readers)
     with torch.no_grad(), byhand.applied([cut]), _added_late(subject.model, cut):
         if subject.family.name in FINISH:
-            return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks))]
-        return outputs(subject.model(**subject.inputs))
+            return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks, inputs))]
+        return outputs(subject.model(**inputs))
 
 
 FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))}
@@ -202,11 +210,11 @@ def _added_late(model: nn.Module, cut: byhand.Cut) -> Iterator[None]:
         del text._deepstack_process
 
 
-def _last_states(subject: Subject, blocks: nn.ModuleList | nn.Sequential) -> Tensor:
+def _last_states(subject: Subject, blocks: nn.ModuleList | nn.Sequential, inputs: dict[str, Any]) -> Tensor:
     states: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, args, out: states.append(out))
     try:
-        subject.model(**subject.inputs)
+        subject.model(**inputs)
     except RuntimeError as error:
         assert "invalid for input of size" in str(error)
     finally:

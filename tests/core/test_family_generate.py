@@ -1,0 +1,94 @@
+"""`model.generate` from a pruned prompt on every family with a decoder: each step equals a run by hand without a cache.
+
+The prompt loses tokens before its second block, two rows are padded, so that blocks have caches of two lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import byhand
+import families
+import pytest
+import torch
+from harness import refusal
+from torch import Tensor
+
+import tokcompile
+from tokcompile.models import catalogue
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 4
+GREEDY = {
+    "max_new_tokens": STEPS,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+WINDOW = "takes more tokens from one end than the edit leaves"  # a cache of the last tokens, some of which were dropped
+NOT_GENERATED: dict[str, str] = {}
+USUAL = ("gpt2", "qwen3_vl")
+NAMES = [name for name, family in catalogue.families().items() if family.kind in ("decoder", "vlm")]
+
+
+def _cases() -> list[Any]:
+    return [pytest.param(name, marks=() if name in USUAL else (pytest.mark.slow,), id=name) for name in NAMES]
+
+
+def _positioned(it: families.Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with the positions that `generate` gives: padding counts for none."""
+    if "position_ids" not in inspect.signature(it.model.forward).parameters or "position_ids" in it.inputs:
+        return inputs
+    mask = inputs["attention_mask"]
+    return inputs | {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}
+
+
+def _longer(it: families.Subject, inputs: dict[str, Any], token: Tensor) -> dict[str, Any]:
+    """Inputs with one more token of text, int64 [B, 1]."""
+    text = {"token_type_ids": 1 - it.family.options.get("mark", 1), "mm_token_type_ids": 0, "attention_mask": 1}
+    more = {name: torch.full_like(token, value) for name, value in text.items()} | {"input_ids": token}
+    out = {name: torch.cat([v, more[name]], 1) if name in more else v for name, v in inputs.items()}
+    if "cross_attention_mask" in out:
+        out["cross_attention_mask"] = torch.cat([out["cross_attention_mask"], out["cross_attention_mask"][:, -1:]], 1)
+    positions = out.get("position_ids")
+    if positions is not None and positions.ndim == 3:
+        following = positions.amax((0, 2), keepdim=True).expand(positions.shape[0], -1, 1) + 1
+        out["position_ids"] = torch.cat([positions, following], 2)
+    return out
+
+
+def by_hand(it: families.Subject, kept: byhand.Kept) -> Tensor:
+    """Logits of each step, [B, steps, V], of runs over all tokens so far."""
+    inputs, kept, logits = dict(it.inputs), [list(row) for row in kept], []
+    length = inputs["input_ids"].shape[1]
+    for step in range(STEPS):
+        (states,) = families.hand_run(it, "decoder", kept, inputs=_positioned(it, inputs), length=length + step)
+        logits.append(states[:, -1])
+        inputs = _longer(it, inputs, logits[-1].argmax(-1, keepdim=True))
+        kept = [[*row, length + step] for row in kept]
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("name", _cases())
+def test_generate_after_a_drop_equals_a_run_by_hand(name: str, tmp_path: Path) -> None:
+    it = families.subject(catalogue.family(name))
+    options = families.options_for(it, "decoder", tmp_path, keep=7)
+    _, kept = families.dropped(it, "decoder", tmp_path, keep=7)
+    expected = by_hand(it, kept)
+    prompt = it.family.example(it.model, batch=2, padded=True)
+    torch._dynamo.reset()
+    tokcompile.compile(it.model, target="eager", **options)
+    try:
+        if name in NOT_GENERATED:
+            with pytest.raises(Exception, match=NOT_GENERATED[name]) as caught:
+                it.model.generate(**prompt, **GREEDY)
+            assert refusal(caught.value).where
+            return
+        got = torch.stack(it.model.generate(**prompt, **GREEDY).logits, 1)
+    finally:
+        tokcompile.restore(it.model)
+    assert families.compared([got], [expected]) <= 1e-4
