@@ -61,11 +61,11 @@ def _longer(it: families.Subject, inputs: dict[str, Any], token: Tensor) -> dict
     return out
 
 
-def by_hand(it: families.Subject, kept: byhand.Kept) -> Tensor:
+def by_hand(it: families.Subject, kept: byhand.Kept, steps: int = STEPS) -> Tensor:
     """Logits of each step, [B, steps, V], of runs over all tokens so far."""
     inputs, kept, logits = dict(it.inputs), [list(row) for row in kept], []
     length = inputs["input_ids"].shape[1]
-    for step in range(STEPS):
+    for step in range(steps):
         (states,) = families.hand_run(it, "decoder", kept, inputs=_positioned(it, inputs), length=length + step)
         logits.append(states[:, -1])
         inputs = _longer(it, inputs, logits[-1].argmax(-1, keepdim=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Context:
         )
 
     def image_mask(self, axis: Dim) -> Node:
-        """bool [B, T] on a text axis: where image features stand."""
+        """bool [B, T] on a text axis: where features of images and videos stand."""
         splice = self.sites.splice
         if splice is None:
             raise EditError(
@@ -90,7 +91,8 @@ class Context:
                 found="no splice of image features",
                 remedy="call the model with an image, or select among text or all",
             )
-        mask = self.editor.call(aten.select.int, splice.mask, -1, 0)
+        masks = [self.editor.call(aten.select.int, each.mask, -1, 0) for each in splice.all]
+        mask = reduce(lambda one, other: self.editor.call(aten.logical_or.default, one, other), masks)
         return self.align(mask, self.program.axes.of(splice.node)[1], axis)
 
     def stack_of(self, axis: Dim) -> str | None:

@@ -12,6 +12,7 @@ from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.positional import count, images_per_row
+from tokcompile.sites.splice import Splice
 from tokcompile.steps import Select
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def _sources(ctx: Context, step: Select) -> list[Node]:
     nodes = [ctx.values[name].node for name in (step.scores,) if name]
     nodes += [ctx.values[name].mask for name in (step.of, *step.first) if name]
     if step.among != "all" and ctx.sites.splice is not None and _is_text(ctx, step):
-        nodes.append(ctx.sites.splice.mask)
+        nodes += [splice.mask for splice in ctx.sites.splice.all]
     text = ctx.sites.text_stack()
     if step.by == "protect" and text is not None:
         nodes.append(text[1].blocks[0].input)
@@ -121,19 +122,34 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     projector = ctx.sites.projector
     # Features that were handed out row by row are joined to a length that only the model knows.
     counted = splice.features if projector is None or not _unknown(splice.features) else projector.input
-    spliced = prod(count(counted, dim) for dim in range(counted.meta["val"].ndim - 1))
+    features = [counted, *(each.features for each in splice.further)]
+    spliced = sum(prod(count(node, dim) for dim in range(node.meta["val"].ndim - 1)) for node in features)
     rows = count(splice.node, 0)
     if spliced % rows:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
-    images = images_per_row(projector.input, splice.node) if projector is not None else 1
-    if images > 1 and step.per == "image":
-        raise EditError(
-            "a budget per image needs the images' own axis",
-            found=f"{images} images in each row",
-            remedy="use `per: row`, or select at projector.input",
-        )
+    if step.per == "image":
+        _refuse_images(ctx, splice)
     before = ctx.editor.size(splice.node, 1)
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
+
+
+def _refuse_images(ctx: Context, splice: Splice) -> None:
+    """A budget for each image cannot be kept on a text axis, unless each row has one."""
+    projector = ctx.sites.projector
+    if projector is not None and projector.input.meta["val"].ndim < 3:
+        found = "patches of all images in one sequence"
+    elif splice.further:
+        found = "images and videos"
+    else:
+        images = images_per_row(projector.input, splice.node) if projector is not None else 1
+        if images == 1:
+            return
+        found = f"{images} images in each row"
+    raise EditError(
+        "a budget per image needs the images' own axis",
+        found=found,
+        remedy="use `per: row`, or select at projector.input",
+    )
 
 
 def _unknown(node: Node) -> bool:

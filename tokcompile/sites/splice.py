@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -30,12 +30,19 @@ class Splice:
         embeddings: those of the text, [B, T, C].
         mask: bool, True where a feature goes, [B, T, 1] or [B, T, C].
         features: the rows put there in order, [n, C] or [B, N, C].
+        further: where other features follow, as a video's those of images.
     """
 
     node: Node
     embeddings: Node
     mask: Node
     features: Node
+    further: tuple[Splice, ...] = ()
+
+    @property
+    def all(self) -> tuple[Splice, ...]:
+        """This one and those that follow."""
+        return (self, *self.further)
 
 
 def find_splice(graph: Graph, reach: Reach, inputs: list[Node]) -> Splice | None:
@@ -46,7 +53,15 @@ def find_splice(graph: Graph, reach: Reach, inputs: list[Node]) -> Splice | None
     """
     images = [n for n in graph.nodes if n.target in CONVOLUTIONS]
     images += [n for n in inputs if n.meta["val"].dtype.is_floating_point]
-    for node in graph.nodes:
-        if node.target is aten.masked_scatter.default and reach.any_above(node.args[2], images):
-            return Splice(node, *node.args[:3])
-    return None
+    found = [
+        Splice(node, *node.args[:3])
+        for node in graph.nodes
+        if node.target is aten.masked_scatter.default and reach.any_above(node.args[2], images)
+    ]
+    if not found:
+        return None
+    last, further = found[0].node, []
+    for splice in found[1:]:
+        if splice.embeddings is last:
+            last, further = splice.node, [*further, splice]
+    return replace(found[0], further=tuple(further))
