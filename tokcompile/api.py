@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokcompile import attention, imagesizes
+from tokcompile import attention, imagesizes, slidingcache
 from tokcompile.capture import from_export
 from tokcompile.dynamo import install_hooks, prepare
 from tokcompile.errors import RuleError
@@ -60,14 +60,14 @@ def compile(
     if before is not None:
         setattr(model, _BEFORE, before)
     model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target})
-    if imagesizes.packed_tower(model) is not None:
-        imagesizes.install(model)
-        model._compiled_call_impl = _Prepared(model, model._compiled_call_impl)
+    imagesizes.install(model)
+    if imagesizes.packed_tower(model) is not None or slidingcache.has_windows(model):
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl)
     return model
 
 
-class _Prepared:
-    """A compiled call of a model whose inputs are prepared first."""
+class _Around:
+    """A compiled call, with the inputs prepared before it and the cache counted after it."""
 
     def __init__(self, model: torch.nn.Module, compiled: Any) -> None:
         self.model, self.compiled = model, compiled
@@ -75,7 +75,9 @@ class _Prepared:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self.names, args, strict=False))
-        return self.compiled(**imagesizes.precompute(self.model, named | kwargs))
+        out = self.compiled(**imagesizes.precompute(self.model, named | kwargs))
+        slidingcache.recount(getattr(out, "past_key_values", None))
+        return out
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
