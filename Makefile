@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage lint format train schema results clean
+.PHONY: setup demo test test-slow coverage scale lint format train schema results clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test-slow: setup
 # Runs the tests of every family of the catalogue and writes docs/models.md; fails when a cell was lost.
 coverage: setup
 	$(BIN)/python tests/model_table.py
+
+# Times rewrites of models of 4 to 80 layers and writes docs/scale.md; some minutes, most of them capture.
+scale: setup
+	$(BIN)/python tests/scale_table.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from tokcompile.cli import app
-from tokcompile.models import families
+from tokcompile.models import catalogue, families, zoo
+from tokcompile.sitepages import spans
 
 RUN = CliRunner()
 VISION = {
@@ -112,3 +114,96 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_a_zoo_model() -> None:
     (graph,) = as_json("sites", "zoo:llava-tiny")["graphs"]
     assert [stack["stack"] for stack in graph["stacks"]] == ["vision", "decoder"]
+
+
+SITES: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "heads": (4, 2),
+        "positions": ["rotary [1, 17, 1]"],
+        "windows": {"0, 2": 12, "1, 3": None},
+        "caches": {"0, 2": [[1, 2, 11, 16]] * 2, "1, 3": [[1, 2, 17, 16]] * 2},
+    },
+    "gemma3_text": {"positions": ["rotary [1, 17, 1] (blocks 0, 2)", "rotary [1, 17, 1] (blocks 1, 3)"]},
+    "smollm3": {"positions": ["rotary [1, 17, 1] (blocks 0..1, 3)"], "windows": {"0..3": None}},
+    "mistral": {"heads": (4, 2), "windows": {"0..3": 12}},
+    "deepseek_v3": {"heads": (4, 4), "caches": {"0..3": [[1, 1, 17, 8], [1, 1, 17, 16]]}},
+    "bert": {"positions": ["learned"], "caches": {}},
+    "modernbert": {"windows": {"0, 3": None, "1..2": 9}},
+    "t5": {"positions": ["bias"], "path": "decoder.block.0..2", "cross": ([0, 1, 2], 17)},
+    "dit": {"positions": ["fixed"], "parts": "4×4"},
+    "beit": {"positions": ["bias"], "parts": "1 + 4×4"},
+    "internvl": {"heads": (4, 2), "caches": {"0..3": [[1, 2, 42, 16]] * 2}},
+}
+
+
+USUAL = ("gemma2", "gemma3_text", "deepseek_v3", "bert", "t5", "dit")  # the others are slow tests
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in SITES])
+def test_sites_of_a_family(name: str) -> None:
+    """Heads, positions, windows and caches of its last stack."""
+    (graph,) = as_json("sites", f"zoo:{name}")["graphs"]
+    stack = graph["stacks"][-1]
+    found = {
+        "heads": (stack["heads"], stack["kv_heads"]),
+        "positions": stack["positions"],
+        "windows": {spans(each["blocks"]): each["window"] for each in stack["sees"]},
+        "caches": {spans(each["blocks"]): each["shapes"] for each in stack["cache_shapes"]},
+        "path": stack["path"],
+        "parts": stack["token_parts"],
+        "cross": (stack["cross_attention"]["blocks"], stack["cross_attention"]["keys"]),
+    }
+    wanted = SITES[name]
+    assert {key: found[key] for key in wanted} == wanted
+    assert f"{stack['stack']}.0..{stack['blocks'] - 1}.attention" in graph["addresses"]
+    assert graph["numbers"][f"{stack['stack']}.depth"] == stack["blocks"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pieces_are_shown_with_what_they_hold() -> None:
+    result = RUN.invoke(app, ["sites", "zoo:llava_next"])
+    assert result.exit_code == 0, result.output
+    words = result.stdout.split()
+    assert result.stdout.count("addresses: ") == 2 and {"vision.0..2.attention,", "decoder.0..3.attention,"} <= {*words}
+    assert "7 graphs without transformer blocks" in result.stdout
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_explain_a_family() -> None:
+    data = as_json("explain", "zoo:paligemma", "random", "keep=4")
+    before, after = (data["parts"][0][when]["rows"][-1]["tokens"] for when in ("before", "after"))
+    assert before - after == 25 - 4
+
+
+def test_a_family_that_cannot_be_captured() -> None:
+    error = as_json("sites", "zoo:qwen2_vl")["error"]
+    assert error["cause"] == "the model decides by a size that is known only when it runs"
+    assert "modeling_qwen2_vl.py" in error["where"][0]
+
+
+def test_models_are_listed() -> None:
+    found = {line["name"]: line for line in as_json("models")}
+    assert {*catalogue.families(), *zoo.ZOO} == {*found}
+    assert found["whisper"]["kind"] == "encoder-decoder" and found["dit"]["source"] == "local"
+    lines = RUN.invoke(app, ["models"]).stdout.splitlines()
+    assert len(lines) == 1 + len(found) and lines[0].split() == ["name", "kind", "source", "about"]
+
+
+def test_a_name_that_is_nearly_right() -> None:
+    remedy = as_json("sites", "zoo:qwen3_mo")["error"]["remedy"]
+    assert remedy == "did you mean 'qwen3_moe'? `tokred models` lists them all"
+
+
+def test_a_family_whose_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = catalogue.family("bert").model_copy(update={"needs": "no_such_module"})
+    monkeypatch.setitem(catalogue.families(), "bert", lacking)
+    error = as_json("sites", "zoo:bert")["error"]
+    assert error["cause"] == "the family 'bert' needs no_such_module, which cannot be imported"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", catalogue.families())
+def test_every_family_shows_its_sites_or_says_why_not(name: str) -> None:
+    result = RUN.invoke(app, ["sites", f"zoo:{name}"])
+    assert "addresses: " in result.stdout or "known only when it runs" in result.stderr, result.output

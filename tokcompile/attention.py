@@ -64,10 +64,15 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """Hand the two-dimensional padding mask through, whole."""
-    del args, kwargs
-    return attention_mask
+def _mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, mask_function: Any = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Hand the two-dimensional padding mask through, whole; a mask that says more than causal is made as ever."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    if mask_function is None or mask_function is causal_mask_function:
+        return attention_mask
+    return sdpa_mask(*args, attention_mask=attention_mask, mask_function=mask_function, **kwargs)
 
 
 def _attend(

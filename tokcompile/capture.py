@@ -16,7 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from tokcompile.canonical import canonicalise
 from tokcompile.dynamo import prepare
-from tokcompile.errors import CaptureError
+from tokcompile.errors import CaptureError, TokredError
 from tokcompile.imagesizes import packed, precompute
 from tokcompile.inline import inline_regions
 from tokcompile.program import Program, place
@@ -43,15 +43,42 @@ def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any] = ()) -> Program:
         try:
             traced = make_fx(lambda *args: interpreter.run(*args), pre_dispatch=True)(*fakes)
         except GuardOnDataDependentSymNode as error:
-            raise CaptureError(
-                "the model decides by a size that is known only when it runs",
-                where=_causes(error),
-                found=str(error).splitlines()[0],
-                remedy="give the size as an input, or compile the parts of the model apart; see docs/capture.md",
-            ) from error
+            raise _undecided(error) from error
     program = Program(traced, mode, origin="dynamo")
     _name_inputs(program, placeholders)
     return _finish(program)
+
+
+def _undecided(error: Exception) -> CaptureError:
+    return CaptureError(
+        "the model decides by a size that is known only when it runs",
+        where=_causes(error),
+        found=str(error).splitlines()[0],
+        remedy="give the size as an input, or compile the parts of the model apart; see docs/capture.md",
+    )
+
+
+def _refused(error: Exception) -> TokredError:
+    """The error of ours that says why tracing a model failed: the one behind Dynamo's, or one made of Dynamo's."""
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, TokredError):
+        return inner
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return _undecided(error)
+    return CaptureError(
+        "the model does not capture as one graph"
+        if isinstance(error, torch._dynamo.exc.Unsupported)
+        else "PyTorch could not trace the model",
+        where=_lines(error),
+        found=str(error).splitlines()[0],
+        remedy="see the capture notes in docs/capture.md",
+    )
+
+
+def _lines(error: Exception) -> list[str]:
+    """The innermost line of the model's source that a trace stood at."""
+    frames = getattr(error, "real_stack", None) or []
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in list(frames)[-1:]]
 
 
 def _causes(error: Exception) -> list[str]:
@@ -66,6 +93,7 @@ def _name_inputs(program: Program, placeholders: Sequence[Node]) -> None:
         fake = old.meta.get("example_value", old.meta.get("val"))
         node.meta.setdefault("val", fake)
         program.kinds[node] = _kind(old, fake)
+        node.meta["trained"] = isinstance(fake, torch.nn.Parameter)
         node._rename(old.name)
         node.target = node.name
 
@@ -93,6 +121,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             program.kinds[node] = "input" if specs.get(node.name) == kinds.USER_INPUT else "parameter"
+            node.meta["trained"] = specs.get(node.name) == kinds.PARAMETER
     return _finish(program)
 
 
@@ -151,12 +180,8 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
             torch.compile(model, backend=keep, dynamic=dynamic, fullgraph=meta)(**inputs)
     except _Captured:
         pass  # the graph is all that was wanted: a meta model cannot run
-    except torch._dynamo.exc.Unsupported as error:
-        raise CaptureError(
-            "the model does not capture as one graph",
-            found=str(error).splitlines()[0],
-            remedy="see the capture notes in docs/capture.md",
-        ) from error
+    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
+        raise _refused(error) from error
     finally:
         torch._dynamo.reset()
     if not found:

@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -122,7 +123,23 @@ def check(file: RulePath, as_json: AsJson = False) -> None:
     typer.echo(f"{loaded.path}: rule '{loaded.name}' is fine")
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:NAME, or a Hugging Face folder or id.")]
+@app.command()
+@shows_errors
+def models(as_json: AsJson = False) -> None:
+    """List the models that zoo:NAME names: small ones, nearly all with random weights, one a family."""
+    from tokcompile import sitepages
+    from tokcompile.models import listing
+
+    found = [asdict(line) for line in listing.lines()]
+    if as_json:
+        print_json(found)
+    else:
+        print_page(sitepages.render_models(found, is_plain()))
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="zoo:NAME (see `tokred models`), or a Hugging Face folder or id.")
+]
 Options = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Options of the rule.")]
 
 
@@ -145,7 +162,7 @@ def progress() -> Progress:
 @app.command()
 @shows_errors
 def sites(model: Model, as_json: AsJson = False) -> None:
-    """List what a rule may address in a model: stacks, blocks, tokens, positions, caches."""
+    """List what a rule may address in a model: stacks, blocks, heads, tokens, positions, windows, caches."""
     with waiting(f"capturing {model}"):
         from tokcompile import modelsource, sitepages
 

@@ -57,9 +57,13 @@ class LowerError(TokredError):
     """A rewritten graph cannot be given to the chosen target."""
 
 
-def known(name: str, names: Iterable[str]) -> str:
-    """Say which names exist, the nearest first, for the remedy of an error."""
+def known(name: str, names: Iterable[str], listing: str = "") -> str:
+    """Say which names exist, the nearest first, for the remedy of an error.
+
+    Args:
+        listing: what lists the names, to be said instead where they are many.
+    """
     names = sorted(names)
     near = get_close_matches(name, names, n=1)
-    listed = ", ".join(names) if names else "none"
-    return f"did you mean '{near[0]}'? known: {listed}" if near else f"known: {listed}"
+    listed = listing or "known: " + (", ".join(names) if names else "none")
+    return f"did you mean '{near[0]}'? {listed}" if near else listed

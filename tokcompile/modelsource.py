@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses import FakeTensorMode
 
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import capture
-from tokcompile.errors import CaptureError, RuleError, TokredError
+from tokcompile.errors import CaptureError, RuleError, TokredError, known
 from tokcompile.program import Program
 from tokcompile.report import Explanation, explain
 
 ZOO = "zoo:"
+Result = TypeVar("Result")
 SMALL = 500_000_000
 """Parameters up to which a model that is not one graph may be built with random weights, to be run piece by piece."""
 
@@ -31,7 +32,7 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        weights: `zoo`; `none` where a model was built from its configuration as shapes alone; `random`.
+        weights: `zoo`, as the zoo has them; `random`; `none` where a model was built as shapes alone.
     """
 
     name: str
@@ -56,10 +57,18 @@ def load_source(name: str, batch: int = 1) -> Source:
 
 
 def _zoo(name: str, batch: int) -> Source:
-    from tokcompile.models import zoo
+    from tokcompile.models import catalogue, listing, zoo
 
+    short = name.removeprefix(ZOO)
+    if short in catalogue.families():
+        family = catalogue.family(short)
+        model = family.build()
+        return Source(name, model, family.example(model, batch=batch), "random")
+    if short not in zoo.ZOO:
+        remedy = known(short, [line.name for line in listing.lines()], listing="`tokred models` lists them all")
+        raise TokredError(f"the zoo has no model '{short}'", remedy=remedy)
     try:
-        loaded = zoo.load(name.removeprefix(ZOO))
+        loaded = zoo.load(short)
     except OSError as error:
         raise RuleError(
             f"the weights of '{name}' are not here",
@@ -179,25 +188,35 @@ def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
 
 
 def capture_source(source: Source) -> tuple[Source, list[Program]]:
-    """Capture a source; a small one without weights that is not one graph is built with some, and run."""
-    try:
-        return source, capture(source.model, source.inputs)
-    except CaptureError:
-        if source.weights != "none":
-            raise
-        source = runnable(source)
-        return source, capture(source.model, source.inputs)
+    """Capture a source.
+
+    One without weights that is not one graph is built with some if it is small, and run; a family that cannot be traced
+    on one row is tried on two, for a size of 1 is special to the tracer.
+
+    Raises:
+        TokredError: it cannot be captured.
+    """
+    return _tried(source, lambda s: (s, capture(s.model, s.inputs)))
 
 
 def explain_source(source: Source, rules: Sequence[RuleInstance]) -> Explanation:
     """Explain rules on a source, which is captured as by `capture_source`."""
+    return _tried(source, lambda s: explain(s.model, s.inputs, rules, name=s.name))
+
+
+def _tried(source: Source, use: Callable[[Source], Result]) -> Result:
     try:
-        return explain(source.model, source.inputs, rules, name=source.name)
+        return use(source)
     except CaptureError:
-        if source.weights != "none":
-            raise
-        source = runnable(source)
-        return explain(source.model, source.inputs, rules, name=source.name)
+        if source.weights == "none":
+            return use(runnable(source))
+        if source.weights == "random" and _rows(source) == 1:
+            return use(load_source(source.name, batch=2))
+        raise
+
+
+def _rows(source: Source) -> int:
+    return next(iter(source.inputs.values())).shape[0]
 
 
 def runnable(source: Source) -> Source:
@@ -213,5 +232,4 @@ def runnable(source: Source) -> Source:
             found=f"{count:,} parameters",
             remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)",
         )
-    batch = next(iter(source.inputs.values())).shape[0]
-    return from_config(source.model.config, source.name, batch, weights=True)
+    return from_config(source.model.config, source.name, _rows(source), weights=True)

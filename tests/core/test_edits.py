@@ -144,6 +144,18 @@ def cut(function: Callable[..., Any], x: Tensor, kept: list[list[int]], *more: T
         raise
 
 
+def test_the_verifier_compares_repeated_operators_too() -> None:
+    """Those of the same shapes run once; each is compared with what it claims."""
+    program = traced(lambda x: (x.relu() * 2).relu() * 3, torch.rand(2, 3))
+    second = calls(program, aten.relu.default)[1]
+    verify(program)
+    with program.fake_mode:
+        second.meta["val"] = torch.empty(2, 4)
+    with pytest.raises(EditError, match="another shape") as caught:
+        verify(program)
+    assert second.name in caught.value.where[0]
+
+
 def reduced(x: Tensor, kept: list[list[int]]) -> Tensor:
     """The rows with their kept tokens alone."""
     return torch.stack([row[chosen] for row, chosen in zip(x, kept, strict=True)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokcompile import AddressError
 from tokcompile.capture import capture
 from tokcompile.errors import EditError
-from tokcompile.models import zoo
+from tokcompile.models import catalogue, zoo
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
@@ -410,3 +410,19 @@ def test_a_scale_given_to_the_fused_call_is_its_scale() -> None:
     program = traced(lambda x: x + _join(F.scaled_dot_product_attention(*_project(x), scale=0.3)), X)
     assert find_sites(program).attentions[0].scale == pytest.approx(0.3)
     assert len(calls(program, aten.scaled_dot_product_attention.default)) == 1
+
+
+def test_kinds_of_tokens_are_no_padding() -> None:
+    """Where several inputs reach the mask, padding is the one whose zeros hide keys."""
+    family = catalogue.family("paligemma")
+    model = family.build()
+    program, sites = _sites(model, family.example(model))
+    assert sites.padding is not None and "attention_mask" in sites.padding.name
+    assert {n.name for n in program.inputs()} > {sites.padding.name}
+
+
+def test_blocks_with_tables_of_their_own_have_them_all() -> None:
+    family = catalogue.family("gemma3_text")
+    model = family.build()
+    _, sites = _sites(model, family.example(model))
+    assert len(sites.rotary["decoder"]) == 2

@@ -25,7 +25,8 @@ def evaluate(node: Node, reach: Reach, zeros: Collection[Node | None] = ()) -> t
         None when the value has many ancestors, is large, or cannot be computed.
     """
     above = reach.ancestors([node])
-    if len(above) > MAX_NODES or _elements(node) > MAX_ELEMENTS:
+    elements = _elements(node)
+    if len(above) > MAX_NODES or elements is None or elements > MAX_ELEMENTS:
         return None
     values: dict[Node, Any] = {}
     try:
@@ -51,8 +52,12 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
     return torch.zeros(shape, dtype=fake.dtype) if fake.dtype.is_floating_point else torch.ones(shape, dtype=fake.dtype)
 
 
-def _elements(node: Node) -> int:
+def _elements(node: Node) -> int | None:
+    """How many numbers a value has; None where that is known only when the model runs."""
     total = 1
     for size in node.meta["val"].shape:
-        total *= size if isinstance(size, int) else size.node.hint
+        known = size if isinstance(size, int) else size.node.hint
+        if known is None:
+            return None
+        total *= known
     return total

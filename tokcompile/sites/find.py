@@ -11,10 +11,10 @@ from tokcompile.program import Program
 from tokcompile.sites.attention import Attention, find_attention
 from tokcompile.sites.block import Block, Stack, find_stacks
 from tokcompile.sites.cache import Cache, find_cache
-from tokcompile.sites.concrete import evaluate
 from tokcompile.sites.projector import Projector, find_projector
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.rotary import Rotary, find_rotary
+from tokcompile.sites.sight import hidden_by, is_causal, rows_of_integers
 from tokcompile.sites.splice import CONVOLUTIONS, Splice, find_splice
 
 aten = torch.ops.aten
@@ -108,7 +108,7 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
         seen = splice is not None and reach.above(entry, splice.features)
         if (reach.any_above(entry, images) or seen) and not spliced:
             kind = "vision"
-        elif any(b in caches for b in stack.blocks) or _causal(stack.blocks[0].attention, reach):
+        elif any(b in caches for b in stack.blocks) or is_causal(stack.blocks[0].attention, reach):
             kind = "decoder"
         else:
             kind = "encoder"
@@ -121,35 +121,11 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
     return out
 
 
-def _causal(site: Attention, reach: Reach) -> bool:
-    """Whether no query sees a later key: by the flag, or by the mask's values when every token is real.
-
-    A mask that opens up for some tokens (those of one image see each other) is causal all the same: it is, when the
-    input that names these tokens names none.
-    """
-    if site.is_causal:
-        return True
-    if site.mask is None:
-        return False
-    inputs = [n for n in reach.ancestors([site.mask]) if n.op == "placeholder" and _rows_of_integers(n)]
-    return any(_hides_later(evaluate(site.mask, reach, zeros={n})) for n in (None, *inputs))
-
-
-def _hides_later(seen: torch.Tensor | None) -> bool:
-    if seen is None or seen.ndim < 2 or 1 in seen.shape[-2:]:
-        return False
-    hidden = _hidden(seen)
-    rows, columns = seen.shape[-2:]
-    later = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
-    own = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows).tril(columns - rows)
-    return bool(later.any() and hidden[..., later].all() and not hidden[..., own].any())
-
-
 def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | None) -> Node | None:
     """The caller's two-dimensional padding mask: an integer or bool input that reaches attention as a mask.
 
-    One that hides every token when it is 0 comes first: another input may tell kinds of tokens apart in the same mask.
-    Then one that reaches nothing else; learned positions may be counted from it too, token numbers never are.
+    One that reaches nothing else comes first; learned positions may be counted from it too, token numbers never are.
+    Where several reach the mask, kinds of tokens are told from padding by what a 0 does: padding hides the key.
     """
     site = stack.blocks[0].attention
     mask = site.padding if site.padding is not None else site.mask
@@ -159,29 +135,18 @@ def _padding(program: Program, stack: Stack, reach: Reach, embedding: Node | Non
     found = [
         n
         for n in program.inputs()
-        if _rows_of_integers(n)
+        if rows_of_integers(n)
         and reach.above(n, mask)
         and not (embedding is not None and reach.above(n, embedding.args[1]))
     ]
-    if len(found) == 1:
-        return found[0]
-    return min(
-        found, key=lambda n: (not _hides_all(evaluate(mask, reach, zeros={n})), reach.above(n, start)), default=None
-    )
+    if len(found) > 1:
+        found = [n for n in found if _hides_keys(mask, reach, n)] or found
+    return min(found, key=lambda n: reach.above(n, start), default=None)
 
 
-def _hides_all(seen: torch.Tensor | None) -> bool:
-    return seen is not None and bool(_hidden(seen).all())
-
-
-def _hidden(seen: torch.Tensor) -> torch.Tensor:
-    """Where a mask lets nothing through: false, or as low as its numbers go, or an integer 0."""
-    return seen <= torch.finfo(seen.dtype).min / 2 if seen.dtype.is_floating_point else seen == 0
-
-
-def _rows_of_integers(node: Node) -> bool:
-    value = node.meta["val"]
-    return isinstance(value, torch.Tensor) and value.ndim == 2 and not value.dtype.is_floating_point
+def _hides_keys(mask: Node, reach: Reach, padding: Node) -> bool:
+    hidden = hidden_by(mask, reach, padding)
+    return hidden is not None and bool(hidden.all())
 
 
 def _embedding(program: Program, stack: Stack, reach: Reach) -> Node | None:

@@ -30,23 +30,22 @@ class Rotary:
 def find_rotary(stack: Stack, reach: Reach, axes: Axes) -> list[Rotary]:
     """Rotary tables that the queries of a stack are turned by; none for learned or absent positions.
 
-    A table has a row for each token; the sines of a time step, which condition all tokens alike, have none.
+    Blocks may have tables of their own, as those with a window do. A table has a row for each token; the sines of a
+    time step, which condition all tokens alike, have none.
     """
-    first = stack.blocks[0]
-    stream = reach.ancestors([first.input])
-    side = reach.ancestors([first.attention.query]) - stream
-    tokens = axes.of(first.attention.query)[-2]
+    tokens = axes.of(stack.blocks[0].attention.query)[-2]
     by_positions: dict[Node, list[Node]] = {}
-    for node in side:
-        if node.target in (aten.cos.default, aten.sin.default) and _by_token(axes.of(node), tokens):
-            positions = _integer_source(node)
+    for node in reach.order:
+        if node.target in (aten.cos.default, aten.sin.default) and _turns(node, stack, reach):
+            positions = _integer_source(node) if _by_token(axes.of(node), tokens) else None
             if positions is not None:
                 by_positions.setdefault(positions, []).append(node)
-    order = reach.order
-    return [
-        Rotary(p, tuple(sorted(t, key=order.__getitem__)))
-        for p, t in sorted(by_positions.items(), key=lambda item: order[item[0]])
-    ]
+    return [Rotary(p, tuple(t)) for p, t in sorted(by_positions.items(), key=lambda item: reach.order[item[0]])]
+
+
+def _turns(table: Node, stack: Stack, reach: Reach) -> bool:
+    """Whether a table reaches the queries of a block, and is not in what the block reads already."""
+    return any(reach.above(table, b.attention.query) and not reach.above(table, b.input) for b in stack.blocks)
 
 
 def _by_token(dims: list[Dim], tokens: Dim) -> bool:
