@@ -67,10 +67,10 @@ class Subject:
     sites: Sites
 
 
-def subject(family: Family) -> Subject:
-    """Build, call once, capture."""
+def subject(family: Family, **example: Any) -> Subject:
+    """Build, call once, capture; `example` has further arguments of the family's example inputs."""
     model = family.build()
-    inputs = family.example(model, batch=2, padded=True)
+    inputs = family.example(model, batch=2, padded=True, **example)
     if family.kind in ("decoder", "vlm", "encoder-decoder"):
         inputs["use_cache"] = False
     imagesizes.install(model)

@@ -61,7 +61,7 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
     masks: dict[tuple[Node, int], Node] = {}
     for index, block in enumerate(sites.stacks["decoder"].blocks):
         here = [cut for cut in cuts if cut.first <= index]
-        if not any(cut.takes_padding for cut in here):
+        if not any(cut.takes_padding for cut in here) or block not in sites.caches:  # which attends to images alone
             continue
         if not all(cut.takes_padding for cut in here):
             raise CaptureError(

@@ -12,9 +12,9 @@ from tokcompile.binding import RuleInstance
 from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
-from tokcompile.errors import TokredError
+from tokcompile.errors import CaptureError, TokredError
 from tokcompile.passes import PASSES, Context
-from tokcompile.program import Program
+from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.verify import verify
 
@@ -32,7 +32,10 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     """
     dump(program, "captured")
     done: list[Applied] = []
-    phase = find_sites(program).phase
+    sites = find_sites(program)
+    phase = sites.phase
+    if phase == "prefill":
+        _check_beginning(sites)
     for instance in rules:
         start = time.perf_counter()
         applied = Applied(instance.name, phase=phase)
@@ -50,6 +53,20 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     program.gm.recompile()
     dump(program, "rewritten")
     return done
+
+
+def _check_beginning(sites: Sites) -> None:
+    """Refuse a step that goes on from a cache which was not recognised: rules would prune it like a prompt."""
+    for block in sites.stacks["decoder"].blocks if "decoder" in sites.stacks else ():
+        queries, keys = (n.meta["val"].shape[2] for n in (block.attention.query, block.attention.key))
+        own = sites.reach.above(block.input, block.attention.key)
+        if own and isinstance(queries, int) and isinstance(keys, int) and queries < keys:
+            raise CaptureError(
+                "this graph continues a sequence from a cache that is not known",
+                where=[place(block.attention.node)],
+                found=f"{queries} queries and {keys} keys",
+                remedy="call the model without a cache, or with transformers' DynamicCache",
+            )
 
 
 def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applied, earlier: list[str]) -> None:

@@ -27,7 +27,7 @@ _VIEWS = {
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """Keys and values of one block, [B, Hkv, T, D].
+    """Keys and values of one block, [B, Hkv, T, D], or latents [B, 1, T, R] that they are made from in every step.
 
     Attributes:
         key, value: what the graph hands back.
@@ -44,8 +44,35 @@ def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
     if key is None or value is None:
-        return None
+        return _latent(block, outputs)
     return Cache(key, value, past)
+
+
+def _latent(block: Block, outputs: set[Node]) -> Cache | None:
+    todo, seen = [block.attention.key, block.attention.value], dict[Node, None]()
+    while todo:
+        node = todo.pop()
+        if node in seen or node is block.input:
+            continue
+        seen[node] = None
+        if _continued(node):
+            return Cache(node, node, node.args[0][0])
+        todo.extend(node.all_input_nodes)
+    held = [node for node in seen if node in outputs and node.op != "placeholder" and _is_latent(node)]
+    return Cache(held[0], held[-1], None) if held else None
+
+
+def _continued(node: Node) -> bool:
+    """Whether a value is joined, token after token, to one that the caller gave."""
+    if node.target is not aten.cat.default or not _is_latent(node):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return dim % 4 == 2 and node.args[0][0].op == "placeholder"
+
+
+def _is_latent(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.dtype.is_floating_point
 
 
 def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
