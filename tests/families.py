@@ -67,10 +67,10 @@ class Subject:
     sites: Sites
 
 
-def subject(family: Family) -> Subject:
-    """Build, call once, capture."""
+def subject(family: Family, images: int = 1) -> Subject:
+    """Build, call once, capture; with some images in each row of a text."""
     model = family.build()
-    inputs = family.example(model, batch=2, padded=True)
+    inputs = family.example(model, batch=2, padded=True, images=images)
     if family.kind in ("decoder", "vlm", "encoder-decoder"):
         inputs["use_cache"] = False
     imagesizes.install(model)
@@ -160,18 +160,24 @@ def among(subject: Subject, stack: str) -> str:
     return "image" if spliced or stack.startswith("vision") else "all"
 
 
-def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1) -> list[Tensor]:
+def hand_run(subject: Subject, stack: str, kept: byhand.Kept, block: int = 1, compact: bool = False) -> list[Tensor]:
     """The same by hand, given the tokens."""
     length = subject.sites.stacks[stack].blocks[0].input.meta["val"].shape[1]
     readers: Any = ()
     if stack == "encoder" and "decoder" in subject.sites.stacks:
         readers = blocks_of(subject.model, subject.sites, "decoder")
     blocks = blocks_of(subject.model, subject.sites, stack)
-    cut = byhand.Cut(blocks, block, kept, length, readers)
+    cut = byhand.Cut(blocks, block, kept, length, readers, _rotary(subject.model, blocks) if compact else ())
     with torch.no_grad(), byhand.applied([cut]), _added_late(subject.model, cut):
         if subject.family.name in FINISH:
             return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks))]
         return outputs(subject.model(**subject.inputs))
+
+
+def _rotary(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
+    """What makes rotary tables for a list of blocks: modules beside it."""
+    owner = next(m for m in model.modules() if blocks in m.children())
+    return [m for m in owner.children() if "RotaryEmbedding" in type(m).__name__]
 
 
 FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))}

@@ -75,8 +75,8 @@ def page(cells: dict[str, dict[str, str]], versions: str) -> str:
     lines += [
         "",
         f"In pieces under `torch.compile` (the text alone is rewritten): {', '.join(SPLIT)}. Not to the last bit what",
-        f"eager says when exported, with or without a rule: {', '.join(EXPORT_DIFFERS)}. Families of timm are tried where",
-        "it is installed: `make coverage EXTRAS=demo,dev,timm`.",
+        f"eager says when exported, with or without a rule: {', '.join(EXPORT_DIFFERS)}. Families of timm are tried",
+        "where it is installed: `make coverage EXTRAS=demo,dev,timm`.",
     ]
     return "\n".join(lines) + "\n"
 
