@@ -68,6 +68,8 @@ def _cells(*, exact: bool = False) -> list[Any]:
 
 @cache
 def subject(name: str, images: int = 1) -> families.Subject:
+    if why := unloaded.missing(ALL[name].needs):
+        pytest.skip(why)
     return families.subject(ALL[name], images)
 
 
@@ -175,8 +177,6 @@ def projected(projector: nn.Module, kept: byhand.Kept) -> Iterator[None]:
 
 @pytest.mark.parametrize(("name", "rule"), _cells())
 def test_a_rule_equals_the_run_by_hand_or_is_refused(name: str, rule: str) -> None:
-    if why := unloaded.missing(ALL[name].needs):
-        pytest.skip(why)
     it, given = subject(name), options(name, rule)
     if (name, rule) in REFUSED:
         _refused(it, REFUSED[name, rule], **given)
