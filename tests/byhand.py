@@ -33,6 +33,7 @@ class Cut:
         first: the block before which tokens go.
         kept: what stays of `length` tokens.
         readers: blocks of another stack that read this sequence, as a decoder reads an encoder's.
+        rotary: modules that make rotary tables from positions, which are then numbered anew; none to keep positions.
     """
 
     blocks: Sequence[nn.Module]
@@ -40,6 +41,7 @@ class Cut:
     kept: Kept
     length: int
     readers: Sequence[nn.Module] = ()
+    rotary: Sequence[nn.Module] = ()
 
 
 def take(value: Tensor, kept: Kept, length: int) -> Tensor:
@@ -63,6 +65,8 @@ def applied(cuts: Sequence[Cut]) -> Iterator[None]:
     with ExitStack() as stack:
         for cut in cuts:
             following = list(cut.blocks)[cut.first :]
+            for module in cut.rotary:
+                stack.callback(module.register_forward_pre_hook(_renumbered(cut), with_kwargs=True).remove)
             for block in [*following, *cut.readers]:
                 stack.callback(block.register_forward_pre_hook(_shortener(cut), with_kwargs=True).remove)
             for module in (m for block in following for m in block.modules()):
@@ -72,6 +76,19 @@ def applied(cuts: Sequence[Cut]) -> Iterator[None]:
                     if hasattr(module, name):
                         stack.callback(_wrapped(module, name, cut))
         yield
+
+
+def _renumbered(cut: Cut) -> Any:
+    """Positions [B or 1, T] less the number of tokens dropped before each; nobody reads those of tokens that go."""
+    gone = torch.ones(len(cut.kept), cut.length, dtype=torch.long)
+    for row, kept in zip(gone, cut.kept, strict=True):
+        row[kept] = 0
+
+    def renumber(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        del module
+        return tree_map_only(Tensor, lambda v: v if v.is_floating_point() else v - gone.cumsum(1), (args, kwargs))
+
+    return renumber
 
 
 def _wrapped(module: nn.Module, name: str, cut: Cut) -> Callable[[], None]:

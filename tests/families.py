@@ -167,6 +167,7 @@ def hand_run(
     block: int = 1,
     inputs: dict[str, Any] | None = None,
     length: int | None = None,
+    compact: bool = False,
 ) -> list[Tensor]:
     """The same by hand, given the tokens; of other inputs than the example's, whose sequence has another length."""
     inputs = subject.inputs if inputs is None else inputs
@@ -175,11 +176,17 @@ def hand_run(
     if stack == "encoder" and "decoder" in subject.sites.stacks:
         readers = blocks_of(subject.model, subject.sites, "decoder")
     blocks = blocks_of(subject.model, subject.sites, stack)
-    cut = byhand.Cut(blocks, block, kept, length, readers)
+    cut = byhand.Cut(blocks, block, kept, length, readers, _rotary(subject.model, blocks) if compact else ())
     with torch.no_grad(), byhand.applied([cut]), _added_late(subject.model, cut):
         if subject.family.name in FINISH:
             return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks, inputs))]
         return outputs(subject.model(**inputs))
+
+
+def _rotary(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
+    """What makes rotary tables for a list of blocks: modules beside it."""
+    owner = next(m for m in model.modules() if blocks in m.children())
+    return [m for m in owner.children() if "RotaryEmbedding" in type(m).__name__]
 
 
 FINISH = {"gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))}

@@ -89,9 +89,9 @@ def run(
             kept.append(choices[-1])
             features = _take(features, choices[-1])
         for number, chosen in enumerate(choices):
-            stay = [_stay(row, chosen[b]) for b, row in enumerate(image.tolist())]
-            kept.insert(2 * number + 1, stay)
-            ids, valid, image = (_take(t, stay) for t in (ids, valid, image))
+            text = [stay(row, chosen[b]) for b, row in enumerate(image.tolist())]
+            kept.insert(2 * number + 1, text)
+            ids, valid, image = (_take(t, text) for t in (ids, valid, image))
         features = model.model.multi_modal_projector(features)
     hidden = model.get_input_embeddings()(ids)
     if features is not None:
@@ -180,7 +180,7 @@ def encode(model: nn.Module, pixels: Tensor, cuts: Sequence[Cut]) -> tuple[Any, 
     return out, [one for (one,) in kept]
 
 
-def _stay(image: list[bool], chosen: list[int]) -> list[int]:
+def stay(image: list[bool], chosen: list[int]) -> list[int]:
     """Text tokens, and image tokens that are among the chosen."""
     ordinal, out = -1, []
     for token, is_image in enumerate(image):
@@ -314,15 +314,17 @@ def count(keep: int | float | str, n: int, nearest: bool = False) -> int:
 def fastv(layer: int = 2, keep: int | float | str = 0.5) -> Cut:
     """FastV: the image tokens that the last text token looks at most in the layer before."""
 
-    def choose(state: State) -> Kept:
-        out = []
-        for scores, image in zip(state.scores[layer - 1], state.image.tolist(), strict=True):
-            among = [i for i, is_image in enumerate(image) if is_image]
-            chosen = best(scores, among, count(keep, len(among), nearest=True))
-            out.append(sorted([*chosen, *(i for i in range(len(image)) if i not in among)]))
-        return out
+    return Cut(layer, lambda state: looked_at(state.scores[layer - 1], state.image, keep))
 
-    return Cut(layer, choose)
+
+def looked_at(scores: Tensor, image: Tensor, keep: int | float | str) -> Kept:
+    """The image tokens with the largest scores, and all others. Scores are [B, T], `image` is bool [B, T]."""
+    out = []
+    for row, is_image in zip(scores, image.tolist(), strict=True):
+        among = [i for i, yes in enumerate(is_image) if yes]
+        chosen = best(row, among, count(keep, len(among), nearest=True))
+        out.append(sorted([*chosen, *(i for i in range(len(is_image)) if i not in among)]))
+    return out
 
 
 def hiprune(
@@ -337,26 +339,31 @@ def hiprune(
         depth, feature = config.num_hidden_layers, model.config.vision_feature_layer
         middle = vision_attention(model, pixels, (object_layer or depth * 3 // 8) - 1)
         deep = vision_attention(model, pixels, depth + feature if feature < 0 else feature - 1)
-        patches, width = middle.shape[1], config.image_size // config.patch_size
-        budget = count(keep, patches, nearest=True)
-        anchors = round(budget * Fraction(str(alpha)) / 5)
-        out = []
-        for row in range(len(pixels)):
-            first = best(middle[row], range(patches), anchors)
-            around = {min(max(i + d, 0), patches - 1) for i in first for d in (0, -1, 1, -width, width)} - set(first)
-            ranked = sorted(
-                range(patches),
-                key=lambda i, row=row, first=first, around=around: (
-                    i not in first,
-                    i not in around,
-                    -deep[row, i].item(),
-                    i,
-                ),
-            )
-            out.append(sorted(ranked[:budget]))
-        return out
+        return anchored(middle, deep, config.image_size // config.patch_size, keep, alpha)
 
     return choose
+
+
+def anchored(middle: Tensor, deep: Tensor, width: int, keep: int | float | str, alpha: float) -> Kept:
+    """Anchors by `middle`, their neighbours on a raster of a width, and the best by `deep`; both [images, patches]."""
+    patches = middle.shape[1]
+    budget = count(keep, patches, nearest=True)
+    anchors = round(budget * Fraction(str(alpha)) / 5)
+    out = []
+    for row in range(len(middle)):
+        first = best(middle[row], range(patches), anchors)
+        around = {min(max(i + d, 0), patches - 1) for i in first for d in (0, -1, 1, -width, width)} - set(first)
+        ranked = sorted(
+            range(patches),
+            key=lambda i, row=row, first=first, around=around: (
+                i not in first,
+                i not in around,
+                -deep[row, i].item(),
+                i,
+            ),
+        )
+        out.append(sorted(ranked[:budget]))
+    return out
 
 
 def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image", ends: bool = False) -> Cut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_pieces_are_shown_with_what_they_hold() -> None:
     assert result.exit_code == 0, result.output
     words = result.stdout.split()
     assert result.stdout.count("addresses: ") == 2 and {"vision.0..2.attention,", "decoder.0..3.attention,"} <= {*words}
-    assert "7 graphs without transformer blocks" in result.stdout
+    assert "3 graphs without transformer blocks" in result.stdout
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -176,7 +177,10 @@ def test_explain_a_family() -> None:
     assert before - after == 25 - 4
 
 
-def test_a_family_that_cannot_be_captured() -> None:
+def test_a_family_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was without what is computed before the graph."""
+    monkeypatch.setattr("tokcompile.capture.precompute", lambda model, inputs: dict(inputs))
+    monkeypatch.setattr("tokcompile.capture.packed", nullcontext)
     error = as_json("sites", "zoo:qwen2_vl")["error"]
     assert error["cause"] == "the model decides by a size that is known only when it runs"
     assert "modeling_qwen2_vl.py" in error["where"][0]

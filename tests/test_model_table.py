@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import model_table
 import pytest
@@ -24,6 +27,34 @@ def test_a_family_that_cannot_be_built_here_keeps_its_row(monkeypatch: pytest.Mo
     assert model_table.complete(before, now) == {**now, "timm_vit": before["timm_vit"]}
     monkeypatch.setattr(model_table.unloaded, "missing", lambda module: "")
     assert model_table.complete(before, now) == now
+
+
+def _report(nodeid: str, outcome: str = "passed") -> Any:
+    return SimpleNamespace(nodeid=f"tests/core/test_x.py::{nodeid}", when="call", outcome=outcome)
+
+
+DROP, ALL = "test_a_rule_equals_the_run_by_hand_or_is_refused", "test_keeping_everything_under_a_rule_keeps_every_bit"
+
+
+def test_the_tests_that_are_read_are_there() -> None:
+    tests = [import_module(f"core.{name.removesuffix('.py')}") for name in model_table.FILES]
+    assert all(any(hasattr(module, name) for module in tests) for name in model_table.TESTS)
+
+
+def test_a_cell_of_a_rule_is_recorded_shown_and_missed_when_lost() -> None:
+    results = model_table.Results()
+    for nodeid in (f"{DROP}[llava-fastv]", f"{ALL}[llava-fastv]", f"{DROP}[gemma3-hiprune]", f"{DROP}[llava-random]"):
+        results.pytest_runtest_logreport(_report(nodeid))
+    results.pytest_runtest_logreport(_report(f"{ALL}[llava-random]", "failed"))
+    results.pytest_runtest_logreport(_report("test_another[gpt2-fastv-no image tokens]"))
+    cells = results.cells
+    assert cells["llava"]["rule, fastv"] == cells["llava"]["rule keeps all, fastv"] == "exact"
+    text = model_table.page(cells, "versions").partition("## Rules")[2]
+    assert "| family | fastv | hiprune | random |" in text
+    assert "| llava | exact |  | exact; keep all: failed |" in text
+    assert "| gemma3 |  | refused: scores of one sequence cannot be used for another |  |" in text
+    later = {**cells, "llava": {**cells["llava"], "rule, fastv": "failed"}}
+    assert model_table.lost(cells, later) == ["llava: rule, fastv was exact, is failed"]
 
 
 def test_the_page_is_that_of_the_record() -> None:

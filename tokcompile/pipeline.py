@@ -16,6 +16,7 @@ from tokcompile.errors import CaptureError, TokredError
 from tokcompile.passes import PASSES, Context
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
+from tokcompile.sites.grid import patch_grid
 from tokcompile.verify import verify
 
 
@@ -89,7 +90,7 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
 def facts(program: Program, sites: Sites) -> dict[str, int]:
     """What rule files may compute with: depths, the number of image tokens, and the patch grid."""
     found = {f"{name}.depth": len(stack.blocks) for name, stack in sites.stacks.items()}
-    if sites.projector is None:
+    if sites.projector is None or not sites.projector.rows:
         return found
     axis = resolve(program.axes.of(sites.projector.input)[1])
     sizes = [a.size for a in axis]
@@ -98,6 +99,7 @@ def facts(program: Program, sites: Sites) -> dict[str, int]:
         for size in sizes:
             total *= size
         found["image.tokens"] = total
-        if len(sizes) == 2:
-            found["grid.height"], found["grid.width"] = sizes
+    grid = patch_grid(program, axis)
+    if grid is not None:
+        found["grid.height"], found["grid.width"] = grid
     return found

@@ -24,10 +24,14 @@ tokred = torch.ops.tokred
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One number per token, float32 [B, T]; a large one means keep."""
+    """One number per token, float32 [B, T]; a large one means keep.
+
+    `owner` is the stack at whose address they were made; it may have looked at another sequence than its own.
+    """
 
     node: Node
     axis: Dim
+    owner: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,7 @@ class Context:
             return whole
         raise EditError(
             "scores of one sequence cannot be used for another",
-            found=f"{start} against {goal}",
+            found=f"{_spelled(start)} tokens against {_spelled(goal)}",
             remedy="score and drop the same tokens",
         )
 
@@ -202,6 +206,10 @@ def oldest(axis: Dim) -> Dim:
 def longest_segment(axis: Dim) -> Dim:
     """The patches of a concatenation of class tokens, register tokens and patches."""
     return max((resolve(s) for s in axis[0].segments or ()), key=lambda s: _order(product(s)))
+
+
+def _spelled(axis: Dim) -> str:
+    return " x ".join(str(atom.size) for atom in axis) or "1"
 
 
 def _order(size: Any) -> int:

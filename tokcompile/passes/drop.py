@@ -8,7 +8,7 @@ from torch.fx import Node
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import length_value, sub
 from tokcompile.errors import EditError
-from tokcompile.passes.context import Context, Selection
+from tokcompile.passes.context import Context, Selection, oldest
 from tokcompile.passes.select import is_text_axis, patch_axis
 from tokcompile.positional import images_per_row, make_map
 from tokcompile.program import place as node_place
@@ -63,7 +63,15 @@ def _check_positions(ctx: Context, place: Place) -> None:
     if not owner or owner.startswith("vision"):
         text = ctx.sites.text_stack() if ctx.sites.splice is not None else None
         owner = text[0] if text is not None else None
-    if not owner or ctx.sites.rotary[owner]:
+    rotary = ctx.sites.rotary[owner] if owner else []
+    if any(_several_coordinates(ctx, r.positions, ctx.sites.stacks[owner].blocks[0].input) for r in rotary):
+        raise EditError(
+            f"positions cannot be compacted: those of the {owner} have several coordinates",
+            where=[place.address],
+            found="an image's tokens stand in height and width, and do not count one by one",
+            remedy="use `positions: keep`",
+        )
+    if not owner or rotary:
         return
     raise EditError(
         f"positions cannot be compacted: the {owner} has no rotary positions",
@@ -71,6 +79,12 @@ def _check_positions(ctx: Context, place: Place) -> None:
         found="positions that are added to the embeddings, or none",
         remedy="use `positions: keep`",
     )
+
+
+def _several_coordinates(ctx: Context, positions: Node, stream: Node) -> bool:
+    """Whether positions have a dimension beside rows and tokens: one for time, height and width."""
+    rows, tokens = (oldest(dim) for dim in ctx.program.axes.of(stream)[:2])
+    return any(dim and oldest(dim) not in (rows, tokens) for dim in ctx.program.axes.of(positions))
 
 
 def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection) -> TokenMap:

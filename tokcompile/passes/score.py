@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
@@ -29,7 +31,7 @@ def score(ctx: Context, step: Score) -> None:
     made = _received(ctx, step, place) if step.by == "attention_received" else _valued(ctx, step, place)
     if not step.largest:
         with ctx.editor.after([made.node]):
-            made = Scores(ctx.editor.call(aten.neg.default, made.node), made.axis)
+            made = replace(made, node=ctx.editor.call(aten.neg.default, made.node))
     ctx.values[step.name] = made
     ctx.log.append({"verb": "score", "name": step.name, "by": step.by, "at": place.address})
 
@@ -79,7 +81,7 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
                 step.reduce,
                 *sinks,
             )
-    return Scores(node, axis)
+    return Scores(node, axis, place.owner)
 
 
 def _mask(ctx: Context, site: Attention) -> Node | None:
@@ -145,7 +147,7 @@ def _valued(ctx: Context, step: Score, place: Place) -> Scores:
             made = ctx.editor.call(tokred.token_cosine.default, node, _reference(ctx, step, place))
         else:
             raise RuleError(f"no way to score is called '{step.by}'")
-    return Scores(made, dims[1])
+    return Scores(made, dims[1], place.owner)
 
 
 def _sources(ctx: Context, step: Score, node: Node) -> list[Node]:

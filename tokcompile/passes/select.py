@@ -12,6 +12,8 @@ from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.positional import count, images_per_row
+from tokcompile.sites.grid import patch_grid
+from tokcompile.sites.projector import Projector
 from tokcompile.sites.splice import Splice
 from tokcompile.steps import Select
 
@@ -78,6 +80,12 @@ def _holds_segment(axis: Dim, segment: Dim) -> bool:
 def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
     """Scores on the axis that is chosen from, that axis, the tokens up for choice, and how many they are per row."""
     if not is_text_axis(ctx, scores.axis):
+        if scores.owner and not scores.owner.startswith("vision"):
+            raise EditError(
+                f"no {'' if step.among == 'all' else step.among + ' '}tokens of the {scores.owner} were scored",
+                found="attention to another sequence than its own",
+                remedy="score a block that attends to its own sequence, or the tokens of that other sequence",
+            )
         return _vision_group(ctx, scores)
     node, axis = scores.node, scores.axis
     total = ctx.editor.size(node, 1)
@@ -128,27 +136,21 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     if spliced % rows:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
     if step.per == "image":
-        _refuse_images(ctx, splice)
+        _check_one_image(projector, splice)
     before = ctx.editor.size(splice.node, 1)
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
 
 
-def _refuse_images(ctx: Context, splice: Splice) -> None:
-    """A budget for each image cannot be kept on a text axis, unless each row has one."""
-    projector = ctx.sites.projector
-    if projector is not None and projector.input.meta["val"].ndim < 3:
-        found = "patches of all images in one sequence"
-    elif splice.further:
-        found = "images and videos"
-    else:
-        images = images_per_row(projector.input, splice.node) if projector is not None else 1
-        if images == 1:
-            return
-        found = f"{images} images in each row"
+def _check_one_image(projector: Projector | None, splice: Splice) -> None:
+    """Refuse a budget per image where a row may hold several: on a text axis nobody knows where one ends."""
+    counted = projector is not None and projector.rows and not splice.further
+    images = images_per_row(projector.input, splice.node) if counted else None
+    if images == 1:
+        return
     raise EditError(
         "a budget per image needs the images' own axis",
-        found=found,
-        remedy="use `per: row`, or select at projector.input",
+        found=f"{images} images in each row" if images else "features of all images in one sequence",
+        remedy="use `per: row`, or select at projector.input where it has an axis for images",
     )
 
 
@@ -176,14 +178,14 @@ def _on(ctx: Context, selection: Selection, axis: Dim) -> Node:
 
 def _neighbours(ctx: Context, step: Select) -> Selection:
     of = ctx.values[step.of]
-    axis = resolve(of.axis)
-    if len(axis) != 2 or not all(isinstance(a.size, int) for a in axis):
+    grid = patch_grid(ctx.program, of.axis)
+    if grid is None:
         raise EditError(
             "neighbours need the patch grid",
-            found=f"a sequence of {product(axis)} tokens without one",
+            found=f"a sequence of {product(resolve(of.axis))} tokens without one",
             remedy="choose neighbours on the vision side, before tokens are dropped",
         )
-    height, width = (a.size for a in axis)
+    height, width = grid
     offsets = {"cross": CROSS, "square": SQUARE}.get(step.offsets, step.offsets)
     ys, xs = [y for y, _ in offsets], [x for _, x in offsets]
     mask = ctx.editor.call(tokred.dilate.default, of.mask, ys, xs, height, width, step.edges)

@@ -18,10 +18,15 @@ _MIXERS = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm
 
 @dataclass(frozen=True, eq=False)
 class Projector:
-    """Attributes: input [B, N, C] and output (the rows that are spliced in)."""
+    """Attributes: input ([B, N, C], or [n, C] of all images in one) and output (the rows that are spliced in)."""
 
     input: Node
     output: Node
+
+    @property
+    def rows(self) -> bool:
+        """Whether the features of one image have an axis of their own."""
+        return self.input.meta["val"].ndim == 3
 
 
 def find_projector(vision: Stack, splice: Splice, reach: Reach) -> Projector | None:

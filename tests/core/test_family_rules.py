@@ -1,0 +1,297 @@
+"""Every rule of the library on every vision-language family: the tokens that transformers' own weights choose.
+
+An oracle chooses them from attention weights that the same model returns when its attention is written out; the run by
+hand on these tokens then says the same as the compiled model, to the last bit. A cell that cannot be done soundly is
+refused, with the reason that stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import byhand
+import families
+import naive
+import pytest
+import torch
+import unloaded
+from harness import Pruned, prune, refusal
+from torch import Tensor, nn
+
+from tokcompile import TokredError
+from tokcompile.models import catalogue
+from tokcompile.pipeline import facts
+from tokcompile.rulefile import LIBRARY, rule_names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = catalogue.families()
+VLMS = [name for name, family in ALL.items() if family.kind == "vlm"]
+PIECES = "this graph has no projector"
+CROSS = "no image tokens"
+GRID = "takes the token axis apart"
+NO_GRID = "neighbours need the patch grid"
+REFUSED = {
+    ("llava_next", "hiprune"): PIECES,  # counts patches with NumPy between its tower and its text
+    ("llava_onevision", "hiprune"): GRID,  # crops are put together on one grid, and resampled
+    ("gemma3", "hiprune"): "scores of one sequence cannot be used for another",  # patches are averaged
+    ("mllama", "fastv"): CROSS,  # text attends to patches, which are no tokens of its own
+    ("mllama", "random"): CROSS,
+    # 2 x 2 patches become one feature, of tiles of one picture in some, of all images in one sequence in others.
+    **{(name, "hiprune"): NO_GRID for name in ("internvl", "smolvlm", "idefics3", "mistral3", "mllama")},
+    **{(name, "hiprune"): NO_GRID for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
+    ("molmo2", "hiprune"): NO_GRID,  # attention pools patches
+}
+COORDINATES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Positions in time, height and width are kept: they cannot be numbered anew."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fastv": {"keep": 7},
+    "hiprune": {"keep": 11, "alpha": 1.0, "object_layer": 1},  # two anchors
+    "random": {"keep": 7},
+}
+assert set(OPTIONS) == set(rule_names())
+
+# What `make test` runs; `make coverage` and `make test-slow` run all.
+USUAL = {*(("paligemma", rule) for rule in OPTIONS), ("qwen2_vl", "random"), ("qwen2_vl", "hiprune")}
+
+
+def _cells(*, exact: bool = False) -> list[Any]:
+    cells = [(name, rule) for name in VLMS for rule in OPTIONS if not (exact and (name, rule) in REFUSED)]
+    usual = {cell for cell in USUAL if not exact or cell[0] == "paligemma"}
+    marks = {cell: () if cell in usual else (pytest.mark.slow,) for cell in cells}
+    return [pytest.param(*cell, marks=marks[cell], id="-".join(cell)) for cell in cells]
+
+
+@cache
+def subject(name: str, images: int = 1) -> families.Subject:
+    if why := unloaded.missing(ALL[name].needs):
+        pytest.skip(why)
+    return families.subject(ALL[name], images=images)
+
+
+def options(name: str, rule: str) -> dict[str, Any]:
+    positions = {"positions": "keep"} if rule == "random" and name in COORDINATES else {}
+    return {"rule": rule, **OPTIONS[rule], **positions}
+
+
+def run(it: families.Subject | Called, **given: Any) -> tuple[list[Tensor], Pruned]:
+    """Compiled: what the model says."""
+    torch._dynamo.reset()
+    pruned = prune(it.model, **given)
+    return families.outputs(pruned(**it.inputs)), pruned
+
+
+class Called(NamedTuple):
+    """What `run` needs of a subject."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+
+
+# The oracles.
+
+
+@cache
+def written_out(name: str) -> nn.Module:
+    """The model with written-out attention, which returns its weights."""
+    model = ALL[name].build()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def image(it: families.Subject) -> Tensor:
+    """bool [B, T]: image tokens."""
+    return it.inputs["input_ids"] == it.model.config.image_token_id
+
+
+@torch.no_grad()
+def last_row(it: families.Subject, layer: int) -> Tensor:
+    """What the last real token of each row looks at in a decoder layer, mean over heads, float32 [B, T]."""
+    weights = written_out(it.family.name)(**it.inputs, output_attentions=True).attentions[layer].float()
+    tokens = it.inputs["attention_mask"].shape[1]
+    last = (it.inputs["attention_mask"] * torch.arange(tokens)).argmax(1)
+    return weights[torch.arange(len(last)), :, last].mean(1)
+
+
+@torch.no_grad()
+def received(it: families.Subject, block: int) -> Tensor:
+    """Attention that each patch receives in a block of the tower, mean over rows and heads, float32 [B, patches]."""
+    tower = written_out(it.family.name).model.vision_tower
+    weights = tower(it.inputs["pixel_values"], output_attentions=True).attentions[block].float()
+    return weights.mean((1, 2))[:, naive.class_tokens(it.model) :]
+
+
+def chosen(it: families.Subject, rule: str, layer: int = 2) -> list[byhand.Kept]:
+    """The tokens that a rule keeps under `OPTIONS`, a list for each drop: hiprune drops patches, and text follows."""
+    keep = OPTIONS[rule]["keep"]
+    if rule == "fastv":
+        return [naive.looked_at(last_row(it, layer - 1), image(it), keep)]
+    if rule == "random":
+        luck = torch.tensor([naive.lucky(image(it).shape[1], 0)] * len(image(it)))
+        return [naive.looked_at(luck, image(it), keep)]
+    feature = getattr(it.model.config, "vision_feature_layer", -1)  # of the states, the first of which precede blocks
+    width = it.model.config.vision_config.image_size // it.model.config.vision_config.patch_size
+    patches = naive.anchored(received(it, 0), received(it, feature), width, keep, OPTIONS[rule]["alpha"])
+    return [patches, [naive.stay(row, patches[b]) for b, row in enumerate(image(it).tolist())]]
+
+
+def by_hand(it: families.Subject, kept: list[byhand.Kept], options: dict[str, Any]) -> list[Tensor]:
+    """The model on the tokens kept; the projector reads the patches kept alone."""
+    compact = options["rule"] != "fastv" and options.get("positions") != "keep"
+    block = options.get("layer", 2) if options["rule"] == "fastv" else 0
+    if len(kept) == 1:
+        return families.hand_run(it, "decoder", kept[0], block, compact=compact)
+    with projected(it.model.model.multi_modal_projector, kept[0]):
+        return families.hand_run(it, "decoder", kept[1], block, compact=compact)
+
+
+@contextmanager
+def projected(projector: nn.Module, kept: byhand.Kept) -> Iterator[None]:
+    """Let a projector see the patches kept alone; what it makes stands where they stood, and zeros elsewhere."""
+    sizes: list[int] = []
+
+    def shorten(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        sizes.append(args[0].shape[1])
+        return (byhand.take(args[0], kept, sizes[0]),)
+
+    def spread(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        wide = out.new_zeros(len(kept), sizes[0], out.shape[-1])
+        for row, tokens in enumerate(kept):
+            wide[row, tokens] = out[row]
+        return wide
+
+    hooks = [projector.register_forward_pre_hook(shorten), projector.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# The cells.
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells())
+def test_a_rule_equals_the_run_by_hand_or_is_refused(name: str, rule: str) -> None:
+    it, given = subject(name), options(name, rule)
+    if (name, rule) in REFUSED:
+        _refused(it, REFUSED[name, rule], **given)
+        return
+    got, pruned = run(it, **given)
+    kept = chosen(it, rule)
+    assert pruned.kept == kept
+    assert families.compared(got, by_hand(it, kept, given)) == 0
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells(exact=True))
+def test_keeping_everything_under_a_rule_keeps_every_bit(name: str, rule: str) -> None:
+    it = subject(name)
+    with torch.no_grad():
+        expected = families.outputs(it.model(**it.inputs))
+    assert families.compared(run(it, **{**options(name, rule), "keep": 1.0})[0], expected) == 0
+
+
+def _refused(it: families.Subject | Called, why: str, **given: Any) -> TokredError:
+    with pytest.raises(Exception, match=why) as caught:
+        run(it, **given)
+    error = refusal(caught.value)
+    assert error.where and error.remedy
+    assert any(f"{Path(given['rule']).stem}.yaml" in place for place in error.where)
+    return error
+
+
+# Models without images in a text.
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"), [("fastv", "no image tokens"), ("random", "no image tokens"), ("hiprune", "no vision stack")]
+)
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "mixtral"))])
+def test_a_rule_for_image_tokens_is_refused_by_a_decoder(name: str, rule: str, why: str) -> None:
+    _refused(_called(name), why, **options(name, rule))
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"), [("fastv", "no decoder stack"), ("random", "no decoder stack"), ("hiprune", "no projector")]
+)
+@pytest.mark.parametrize("name", ["siglip_vision", pytest.param("dinov2_with_registers", marks=pytest.mark.slow)])
+def test_a_rule_for_a_text_is_refused_by_a_tower(name: str, rule: str, why: str) -> None:
+    _refused(_called(name), why, **options(name, rule))
+
+
+@cache
+def _called(name: str) -> Called:
+    """A model that was called once, with its example; nothing is captured."""
+    model = ALL[name].build()
+    inputs = ALL[name].example(model, batch=2, padded=True)
+    with torch.no_grad():
+        model(**inputs)
+    return Called(model, inputs)
+
+
+# What the families share little of.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_fastv_after_the_first_layer(name: str) -> None:
+    """A sliding window, out of which the last token sees no image: all are tied; and features added after the cut."""
+    it, given = subject(name), {**options(name, "fastv"), "layer": 1}
+    got, pruned = run(it, **given)
+    kept = chosen(it, "fastv", layer=1)
+    assert pruned.kept == kept
+    assert families.compared(got, by_hand(it, kept, given)) == 0
+
+
+def test_the_last_token_of_a_row_that_is_padded_on_the_right() -> None:
+    """Its score is the last real token's, which differs from row to row."""
+    it = subject("paligemma")
+    padded = replace(it, inputs=_padded_on_the_right(it.inputs))
+    given = options("paligemma", "fastv")
+    got, pruned = run(padded, **given)
+    kept = chosen(padded, "fastv")
+    assert pruned.kept == kept
+    assert families.compared(got, by_hand(padded, kept, given)) == 0
+
+
+def _padded_on_the_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each row's padding moved to its end."""
+    pads = (1 - inputs["attention_mask"]).sum(1).tolist()
+    assert any(pads)
+    return {
+        key: torch.stack([row.roll(-pad, 0) for row, pad in zip(value, pads, strict=True)])
+        if isinstance(value, Tensor) and value.shape == inputs["attention_mask"].shape
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def test_random_tokens_of_several_images_in_a_row() -> None:
+    it, given = subject("paligemma", images=2), options("paligemma", "random")
+    got, pruned = run(it, **given)
+    kept = chosen(it, "random")
+    assert pruned.kept == kept and [len(row) for row in kept[0]] == [17 + 7] * 2
+    assert families.compared(got, by_hand(it, kept, given)) == 0
+
+
+def test_positions_in_height_and_width_are_not_numbered_anew() -> None:
+    _refused(subject("qwen2_vl"), "several coordinates", rule="random", keep=7, positions="compact")
+
+
+def test_a_budget_per_image_is_refused_where_images_share_a_sequence(tmp_path: Path) -> None:
+    path = tmp_path / "random.yaml"
+    path.write_text((LIBRARY / "random.yaml").read_text().replace("per: row", "per: image"))
+    error = _refused(subject("qwen2_vl"), "images' own axis", rule=str(path), keep=7, positions="keep")
+    assert error.found == "features of all images in one sequence"
+
+
+def test_two_factors_of_a_sequence_are_no_grid() -> None:
+    """Patches that are grouped by four are 36 times 4, and no picture of that height and width."""
+    it = subject("qwen2_vl")
+    assert not {"grid.height", "grid.width", "image.tokens"} & facts(it.program, it.sites).keys()
+    it = subject("paligemma")
+    assert facts(it.program, it.sites)["grid.width"] == 5
