@@ -49,6 +49,17 @@ steps:
   - select: {name: kept, by: topk, scores: luck, among: "${among}", keep: "${keep}", per: row}
   - drop: {at: "STACK.${block}.input", keep: kept, positions: keep}
 """,
+    # Random features of every image, before they are put among the text.
+    "features": """
+rule: features
+about: Drop random features of images before they are spliced into the text.
+params:
+  keep: {type: ratio_or_count, default: 9, about: features kept of each image}
+steps:
+  - score: {name: luck, by: random, at: projector.input}
+  - select: {name: kept, by: topk, scores: luck, among: image, keep: "${keep}", per: image}
+  - drop: {at: projector.input, keep: kept, positions: keep}
+""",
 }
 
 

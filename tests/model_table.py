@@ -20,6 +20,7 @@ TESTS = {
     "test_stacks_are_complete": "sites",
     "test_keeping_everything_keeps_every_bit": "keep all",
     "test_a_drop_equals_the_run_by_hand_or_is_refused": "drop",
+    "test_dropping_features_is_dropping_their_tokens_or_is_refused": "drop, features",
     "test_an_exported_program_keeps_its_bits_and_drops_or_is_refused": "export",
     "test_generate_after_a_drop_equals_a_run_by_hand": "generate",
     "test_a_rule_equals_the_run_by_hand_or_is_refused": "rule",
@@ -53,6 +54,9 @@ def _outcome(report: pytest.TestReport, family: str, part: str | None) -> str:
 
     if report.outcome != "passed":
         return report.outcome
+    if "test_dropping_features" in report.nodeid:
+        why = test_families.FEATURES.get(family)
+        return "exact" if why is None else f"refused: {why}"
     if "test_family_generate" in report.nodeid:
         why = test_family_generate.NOT_GENERATED.get(family)
         return "equal" if why is None else f"refused: {why}"
@@ -65,7 +69,7 @@ def page(cells: dict[str, dict[str, str]], versions: str) -> str:
     from core.test_families import EXPORT_DIFFERS, SPLIT
 
     columns = ["sites", "keep all", *(f"{how}, {s}" for s in ("decoder", "encoder", "vision") for how in HOW)]
-    columns.append("generate")
+    columns += ["drop, features", "generate"]
     lines = [
         "# Models",
         "",
@@ -76,6 +80,7 @@ def page(cells: dict[str, dict[str, str]], versions: str) -> str:
         "- *drop*: random tokens dropped before the second block of a stack; *exact* is a difference of 0 to the same",
         "  model run by hand on the tokens that stay, under `torch.compile`; *refused* is an error that says why;",
         "- *export*: the same of the program of `tokcompile.export`, and that keeping every token keeps its bits;",
+        "- *drop, features*: random features of each image dropped before they are put among the text;",
         "- *generate*: four tokens from a prompt so pruned; *equal* is within 1e-4 of runs by hand that have no cache.",
         "",
         "| family | " + " | ".join(columns) + " |",
@@ -145,14 +150,19 @@ def lost(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> l
     ]
 
 
-def main() -> int:
-    """Run, write, compare."""
+def main(some: str = "") -> int:
+    """Run, write, compare.
+
+    Args:
+        some: an expression as of `pytest -k`: other cells stay as they are recorded.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     results = Results()
     files = [str(ROOT / "tests" / "core" / name) for name in FILES]
-    pytest.main(["-q", "-m", "slow or not slow", *files], plugins=[results])
+    pytest.main(["-q", "-m", "slow or not slow", *(("-k", some) if some else ()), *files], plugins=[results])
     before = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    cells = complete(before, results.cells)
+    found = {name: {**before.get(name, {}), **row} for name, row in results.cells.items()} if some else results.cells
+    cells = complete(before, {**before, **found} if some else found)
     gone = lost(before, cells)
     for line in gone:
         print(line)
@@ -168,4 +178,4 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))

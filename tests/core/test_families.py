@@ -43,6 +43,13 @@ REFUSED = {
 }
 UNSCORED = {key for key, why in REFUSED.items() if why == ROWS} | {("timm_swin", "vision")}
 """Stacks whose tokens no rule can choose from, so that none can keep them all."""
+FEATURES = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3"), ROWS),
+    "llava_onevision": GRID,
+    **dict.fromkeys(("smolvlm", "idefics3"), "joined with others of the same sequence"),  # row by row
+    **dict.fromkeys(("mllama", "molmo2"), "no projector"),  # read, and pooled, by attention
+}
+"""Where features of images cannot be dropped before they are among the text."""
 SPLIT = {"llava_next": {"decoder": 4}}  # counts patches with NumPy: the text is a piece of its own
 WHOLE = {"llava_next": {"vision": 3, "decoder": 4}}  # as torch.export has it
 IN_TOWER = ("llava", "paligemma")  # checked in test_vision.py: their text follows the tower
@@ -207,6 +214,20 @@ def _chosen_by_luck(it: families.Subject, stack: str, kept: list[list[int]]) -> 
     images = families.among(it, stack) == "image"
     group = it.inputs["input_ids"] == it.model.config.image_token_id if images else torch.ones_like(valid)
     assert kept == families.kept_by_luck(valid, group, 7, ends=stack == "decoder" and not images)
+
+
+@pytest.mark.parametrize("name", _marked([n for n in CAPTURED if ALL[n].kind == "vlm" and n not in SPLIT]))
+def test_dropping_features_is_dropping_their_tokens_or_is_refused(name: str, tmp_path: Path) -> None:
+    it = subject(name)
+    torch._dynamo.reset()
+    pruned = prune(it.model, rule=families.rule(tmp_path, "features", ""), keep=7)
+    if name in FEATURES:
+        with pytest.raises(Exception, match=FEATURES[name]) as caught:
+            pruned(**it.inputs)
+        assert refusal(caught.value).where
+        return
+    got = families.outputs(pruned(**it.inputs))
+    assert families.compared(got, families.hand_run(it, "decoder", pruned.kept[-1], block=0)) == 0
 
 
 @pytest.mark.parametrize(("name", "stack"), _marked(cells("vision2", of=exported_stacks)))
