@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import unloaded
 
-from tokcompile.models.catalogue import families
 from tokcompile.rulefile import rule_names
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +135,8 @@ def _rule(row: dict[str, str], name: str) -> str:
 
 def complete(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """What was found now; a family that needs a module which is missing here keeps what was found elsewhere."""
+    from tokcompile.models.catalogue import families
+
     needs = {name: family.needs for name, family in families().items()}
     return {name: before.get(name, row) if unloaded.missing(needs.get(name, "")) else row for name, row in now.items()}
 
@@ -157,6 +158,7 @@ def main(some: str = "") -> int:
         some: an expression as of `pytest -k`: other cells stay as they are recorded.
     """
     sys.path.insert(0, str(ROOT / "tests"))
+    unloaded.declare_operators()  # before anything of transformers is imported
     results = Results()
     files = [str(ROOT / "tests" / "core" / name) for name in FILES]
     pytest.main(["-q", "-m", "slow or not slow", *(("-k", some) if some else ()), *files], plugins=[results])
