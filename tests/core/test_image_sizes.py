@@ -163,3 +163,20 @@ def test_a_new_grid_is_no_new_program(tmp_path: Path) -> None:
         other = families.Subject(it.family, it.model, inputs, it.program, it.sites)
         assert families.compared([got], families.hand_run(other, "decoder", compiled.kept[-1])) == 0
     assert len(compiled.report.graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics3", marks=pytest.mark.slow)])
+def test_an_empty_tile_fails_when_run(name: str, tmp_path: Path) -> None:
+    """The model leaves it out, with its tokens: fewer than were counted, and nothing is computed wrongly."""
+    it = subject(name)
+    compiled = prune(it.model, rule=families.rule(tmp_path, "group", "decoder"), keep=7, among="image")
+    torch._dynamo.reset()
+    compiled(**it.inputs)
+    inputs = {key: value.clone() if isinstance(value, Tensor) else value for key, value in it.inputs.items()}
+    inputs["pixel_values"][:, -1] = 0
+    images = inputs["input_ids"] == it.model.config.image_token_id
+    inputs["input_ids"][images & (images.cumsum(1) > images.sum(1, keepdim=True) // 2)] = 5
+    with torch.no_grad():
+        it.model(**inputs)  # a prompt that the model takes
+    with pytest.raises(RuntimeError, match="different numbers of image tokens"):
+        compiled(**inputs)
