@@ -36,7 +36,7 @@ NOT_GENERATED = {
     "falcon": "broadcast",
 }
 LENGTH = {"molmo2": 12}  # no sequence may be as long as the stream is wide, which a run by hand goes by
-USUAL = ("gpt2", "qwen3_vl")
+USUAL = ("deepseek_v3",)
 NAMES = [name for name, family in catalogue.families().items() if family.kind in ("decoder", "vlm")]
 
 

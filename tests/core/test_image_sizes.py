@@ -80,7 +80,8 @@ def check_drop(it: families.Subject, folder: Path, block: int = 1) -> byhand.Kep
     return kept
 
 
-@SOME
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
 def test_two_images_of_different_sizes(name: str, tmp_path: Path) -> None:
     it = subject(name, images=2)
     assert len({tuple(grid) for grid in it.inputs["image_grid_thw"].tolist()}) == 2
@@ -88,7 +89,7 @@ def test_two_images_of_different_sizes(name: str, tmp_path: Path) -> None:
 
 
 @SOME
-@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_image_after_a_video(name: str, block: int, tmp_path: Path) -> None:
     """Tokens of both are up for choice, and features added to later layers stay with their tokens."""
     it = subject(name, image_after_video(name))
