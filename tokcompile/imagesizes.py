@@ -76,7 +76,7 @@ def packed(model: nn.Module) -> Iterator[None]:
 def install(model: nn.Module) -> None:
     """Let a tower of packed patches attend under a mask; nothing happens to a model without one, or a second time."""
     tower = packed_tower(model)
-    if tower is None or tower.config._attn_implementation != "sdpa":
+    if tower is None or tower.config._attn_implementation not in ("sdpa", "eager"):
         return
     from transformers import AttentionInterface
 
