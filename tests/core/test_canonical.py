@@ -101,6 +101,15 @@ def test_other_assignments_stay(function: Callable[..., Tensor]) -> None:
     assert torch.equal(bits(ran(program, inputs)), bits(model(**inputs)))
 
 
+def test_rows_that_are_flattened_before_they_are_joined_are_the_value_flattened() -> None:
+    model = Model(lambda x, sizes: torch.cat([p.reshape(-1, 3) for p in torch.split(x, sizes.tolist())]) * 2)
+    inputs = {"x": torch.randn(7, 2, 3), "sizes": torch.tensor([3, 4])}
+    (program,) = capture(model, inputs)
+    assert "aten.cat.default" not in targets(program)
+    assert torch.equal(ran(program, inputs), model(**inputs))
+    assert program.output.args[0][0].meta["val"].shape == (14, 3)
+
+
 def _joined(x: Tensor, sizes: Tensor, order: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
     return torch.cat(order(list(torch.split(x, sizes.tolist()))))
 

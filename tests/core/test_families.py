@@ -46,7 +46,6 @@ UNSCORED = {key for key, why in REFUSED.items() if why == ROWS} | {("timm_swin",
 FEATURES = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3"), ROWS),
     "llava_onevision": GRID,
-    **dict.fromkeys(("smolvlm", "idefics3"), "joined with others of the same sequence"),  # row by row
     **dict.fromkeys(("mllama", "molmo2"), "no projector"),  # read, and pooled, by attention
 }
 """Where features of images cannot be dropped before they are among the text."""
