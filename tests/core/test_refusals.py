@@ -12,8 +12,9 @@ import torch
 import torch._dynamo
 from harness import difference, prune, refusal
 from torch import Tensor, nn
+from transformers import StaticCache
 
-from tokcompile import AddressError, EditError, LowerError, RuleError, TokredError
+from tokcompile import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.backend import tokred
 from tokcompile.models import families
 
@@ -241,3 +242,12 @@ def test_learned_positions_cannot_be_compacted() -> None:
     error = refused(model, inputs, EditError, rule="random", among="all", keep=4)
     assert "no rotary positions" in error.cause
     assert "positions: keep" in error.remedy and "random.yaml" in str(error)
+
+
+def test_a_cache_of_a_fixed_size_is_not_taken_for_a_prompt() -> None:
+    """Its keys are more than its queries from the first call on; what it holds is not known."""
+    model = fleet.build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    inputs = fleet.example(model, text=12) | {"past_key_values": cache}
+    error = refused(model, inputs, CaptureError, rule="random", keep=4, among="all")
+    assert "13 queries and 32 keys" in error.found and "DynamicCache" in error.remedy
