@@ -79,7 +79,7 @@ def by_hand(it: families.Subject, kept: byhand.Kept, steps: int = STEPS, block: 
     return torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize(("block", "padded"), [(0, True), (1, False)])
+@pytest.mark.parametrize(("block", "padded"), [pytest.param(0, True, marks=pytest.mark.slow), (1, False)])
 def test_a_window_wider_than_all_tokens_is_none(block: int, padded: bool, tmp_path: Path) -> None:
     """A cache of the last tokens counts those that it was given: it is told how many stayed."""
     family = catalogue.family("mistral")

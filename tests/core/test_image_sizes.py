@@ -98,7 +98,8 @@ def test_an_image_after_a_video(name: str, block: int, tmp_path: Path) -> None:
     assert [sum(seen[row, token].item() for token in tokens) for row, tokens in enumerate(kept)] == [7, 7]
 
 
-@SOME
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
 def test_ten_steps_after_two_images(name: str, tmp_path: Path) -> None:
     short = {"images": 2, "length": 10}  # no sequence is as long as the stream is wide, which a run by hand goes by
     it = subject(name, **short)
