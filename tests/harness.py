@@ -14,6 +14,18 @@ from tokcompile import Recording, TokredError
 from tokcompile.backend import Report, tokred
 
 
+def greedy(steps: int) -> dict[str, Any]:
+    """Arguments of `generate` for a number of tokens, each the likeliest, with the logits of each step."""
+    return {
+        "max_new_tokens": steps,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+
 @dataclass
 class Pruned:
     """A compiled model, what it selected in its last call, and what was done to its graphs."""

@@ -13,7 +13,7 @@ import byhand
 import families
 import pytest
 import torch
-from harness import refusal
+from harness import greedy, refusal
 from torch import Tensor
 
 import tokcompile
@@ -21,14 +21,7 @@ from tokcompile.models import catalogue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
-GREEDY = {
-    "max_new_tokens": STEPS,
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
+GREEDY = greedy(STEPS)
 WINDOW = "takes more tokens from one end than the edit leaves"  # a cache of the last tokens, some of which were dropped
 NOT_GENERATED = {
     **dict.fromkeys(("mistral", "gemma2", "gemma3_text", "cohere2", "starcoder2", "exaone4", "gpt_oss"), WINDOW),

@@ -11,21 +11,14 @@ import naive
 import pytest
 import torch
 import transformers
-from harness import difference, refusal
+from harness import difference, greedy, refusal
 from packaging.version import Version
 from torch import Tensor, nn
 
 import tokcompile
 
 STEPS = 5
-GREEDY = {
-    "max_new_tokens": STEPS,
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
+GREEDY = greedy(STEPS)
 PADS = {1: (), 3: (2, 0, 1)}
 AT_A_LAYER = """
 rule: mine

@@ -10,8 +10,8 @@ import byhand
 import families
 import pytest
 import torch
-from core.test_family_generate import GREEDY, by_hand
-from harness import difference, prune
+from core.test_family_generate import by_hand
+from harness import difference, greedy, prune
 from torch import Tensor, nn
 
 import tokcompile
@@ -108,7 +108,7 @@ def test_ten_steps_after_two_images(name: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     tokcompile.compile(it.model, target="eager", **families.options_for(it, "decoder", tmp_path, keep=7))
     prompt = it.family.example(it.model, batch=2, padded=True, **short)
-    got = torch.stack(it.model.generate(**prompt, **GREEDY | {"max_new_tokens": 10}).logits, 1)
+    got = torch.stack(it.model.generate(**prompt, **greedy(10)).logits, 1)
     assert difference(got, expected) <= 1e-4
 
 
