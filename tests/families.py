@@ -54,11 +54,12 @@ steps:
 rule: features
 about: Drop random features of images before they are spliced into the text.
 params:
-  keep: {type: ratio_or_count, default: 9, about: features kept of each image}
+  keep: {type: ratio_or_count, default: 9, about: features kept of each image or row}
+  per: {type: choice, default: image, choices: [image, row], about: what the budget is of}
 steps:
-  - score: {name: luck, by: random, at: projector.input}
-  - select: {name: kept, by: topk, scores: luck, among: image, keep: "${keep}", per: image}
-  - drop: {at: projector.input, keep: kept, positions: keep}
+  - score: {name: luck, by: random, at: "STACK"}
+  - select: {name: kept, by: topk, scores: luck, among: image, keep: "${keep}", per: "${per}"}
+  - drop: {at: "STACK", keep: kept, positions: keep}
 """,
 }
 
@@ -138,11 +139,13 @@ def kept_by_luck(valid: Tensor, group: Tensor, keep: int, ends: bool) -> byhand.
     return out
 
 
-def dropped(subject: Subject, stack: str, folder: Path, block: int = 1, keep: int = 9) -> tuple[list[Tensor], Any]:
-    """Run compiled under a drop before a block: the outputs, and the tokens kept."""
+def dropped(
+    subject: Subject, stack: str, folder: Path, block: int = 1, keep: int = 9
+) -> tuple[list[Tensor], list[byhand.Kept]]:
+    """Run compiled under a drop before a block: the outputs, and the tokens kept by it and by what follows from it."""
     torch._dynamo.reset()
     pruned = prune(subject.model, **options_for(subject, stack, folder, block, keep))
-    return outputs(pruned(**subject.inputs)), pruned.kept[-1]
+    return outputs(pruned(**subject.inputs)), pruned.kept
 
 
 def exported(subject: Subject) -> torch.export.ExportedProgram:

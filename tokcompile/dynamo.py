@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -30,6 +31,7 @@ def prepare() -> None:
             setattr(torch._dynamo.config, name, True)
     _install_hooks_while_tracing()
     _keep_vision_in_forward()
+    _count_sizes_as_numbers()
 
 
 def _install_hooks_while_tracing() -> None:
@@ -93,6 +95,39 @@ def _installs_hooks(model: torch.nn.Module) -> bool:
             return True
         call = getattr(call, "__wrapped__", None)
     return False
+
+
+def _count_sizes_as_numbers() -> None:
+    """Let Dynamo take the product of a tensor's sizes by NumPy for the number that it is.
+
+    It makes a tensor of it, and a branch on that (LLaVA-NeXT checks its crops so) splits the graph.
+    """
+    module: Any = _optional("torch._dynamo.variables.misc")
+    numpy: Any = _optional("numpy")
+    numpy_variable = getattr(module, "NumpyVariable", None)
+    call = getattr(numpy_variable, "call_function", None)
+    if numpy is None or call is None or getattr(call, "_tokcompile", False):
+        return
+
+    @functools.wraps(call)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        sizes = _numbers(args[0]) if self.value is numpy.prod and len(args) == 1 and not kwargs else None
+        if sizes is None:
+            return call(self, tx, args, kwargs)
+        return module.ConstantVariable.create(math.prod(sizes))
+
+    call_function._tokcompile = True  # type: ignore[attr-defined]
+    numpy_variable.call_function = call_function
+
+
+def _numbers(variable: Any) -> tuple[int, ...] | None:
+    """A sequence of numbers that Dynamo knows; None for anything else."""
+    try:
+        found = variable.as_python_constant()
+    except NotImplementedError:
+        return None
+    numbers = isinstance(found, (tuple, list)) and all(type(n) is int for n in found)
+    return tuple(found) if numbers else None
 
 
 def _keep_vision_in_forward() -> None:

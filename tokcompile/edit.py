@@ -118,6 +118,12 @@ class Editor:
         old.replace_all_uses_with(new)
         self.counts["rewired"] += 1
 
+    def fix(self, old: Node, value: int) -> None:
+        """Let all users of a number read a literal."""
+        for user in list(old.users):
+            user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: value if n is old else n)
+        self.counts["rewired"] += 1
+
     # Sizes: integers where they are static, nodes where they are symbolic.
 
     def size(self, node: Node, dim: int) -> Length:

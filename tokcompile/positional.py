@@ -29,6 +29,7 @@ _BY_INDEX = {
     aten.gather.default,
     aten.argmax.default,
     aten.argmin.default,
+    aten.argsort.default,
     aten.unbind.int,
     aten.scatter.src,
     aten.scatter.value,
@@ -55,9 +56,15 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     Raises:
         EditError: the operator depends on places in a way that an edit cannot follow.
     """
+    if token_map.shuffle is not None and node is token_map.shuffle.back:
+        return _in_order_again(transport, node, token_map)
     _refuse_indices(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
-    if node.target is aten.masked_scatter.default and {*node.args[:2]} & {*edited}:
+    if (
+        node.target is aten.masked_scatter.default
+        and {*node.args[:2]} & {*edited}
+        and not _fits(transport, node, token_map)
+    ):
         raise EditError(
             "features are put among tokens in turn after the place of the edit",
             where=[place(node)],
@@ -82,6 +89,21 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
         if any(wrap(d, len(transport.of(edited[0]))) in transport.where(edited[0], token_map.axis) for d in moved):
             raise EditError("the model reorders tokens after the place of the edit", where=[place(node)])
     return None
+
+
+def _in_order_again(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
+    """Groups of patches put in the order of their features: the same order of those that are left."""
+    editor, shuffle = transport.editor, token_map.shuffle
+    assert shuffle is not None
+    left = editor.call(aten.index.Tensor, shuffle.numbers, [editor.call(aten.squeeze.dim, token_map.source, 0)])
+    editor.set_args(node, [node.args[0], [editor.call(aten.argsort.default, left)]])
+    node.meta["val"] = editor.evaluate(node)
+    return token_map.folded
+
+
+def _fits(transport: Transport, node: Node, token_map: TokenMap) -> bool:
+    """Whether the features put among tokens were cut as the tokens were."""
+    return token_map.spliced is not None and token_map.spliced in transport.edited.get(node.args[2], [])
 
 
 def _refuse_order(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> None:
@@ -349,10 +371,14 @@ def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
     keep = editor.call(tokred.splice_values.default, flat, token_map.keep, 1.0)
     rows, axis = axes.of(target)[0], axes.of(target)[1]
     images = images_per_row(token_map.keep, target)
+    if node.args[2].meta["val"].ndim == 2 and rows:  # of all rows in one
+        each = editor.arithmetic(lambda n: n * images, token_map.old)
+        held = editor.call(aten.sum.dim_IntList, flat, [1])
+        editor.require(editor.call(aten.eq.Scalar, held, each), "batch rows hold different numbers of image tokens")
     gone = editor.arithmetic(lambda a, b: (a - b) * images, token_map.old, token_map.new)
     old = editor.size(target, 1)
     new = editor.arithmetic(sub, old, gone)
-    return make_map(transport, keep, axis, rows, old, new, token_map.positions)
+    return replace(make_map(transport, keep, axis, rows, old, new, token_map.positions), spliced=token_map)
 
 
 def make_map(transport: Transport, keep: Node, axis: Any, rows: Any, old: Any, new: Any, positions: str) -> TokenMap:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
+from tokcompile.axes.views import SPLITS
 from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.program import place
@@ -25,7 +26,6 @@ _SHAPE_AT = {
     aten.expand.default: 1,
     aten.broadcast_to.default: 1,
 }
-_SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 
 
 def contains(dim: Dim, axis: Dim) -> bool:
@@ -54,7 +54,7 @@ def repaired_args(transport: Transport, node: Node, token_map: TokenMap) -> list
         start = args[1] % len(transport.of(args[0]))
         dims = transport.of(node)[start : start + len(args[2])]
         args[2] = _sizes_for(transport, node, dims, list(args[2]), token_map)
-    elif node.target in _SPLITS and _splits_rows(transport, node, token_map):
+    elif node.target in SPLITS and _splits_rows(transport, node, token_map):
         args[1] = [token_map.new for _ in args[1]] if isinstance(args[1], (list, tuple)) else token_map.new
     _check_whole(transport, node, token_map)
     return args
@@ -67,17 +67,18 @@ def _repaired_sizes(transport: Transport, node: Node, sizes: list[Any], token_ma
 def _sizes_for(transport: Transport, node: Node, dims: list[Dim], sizes: list[Any], token_map: TokenMap) -> list[Any]:
     axis = resolve(token_map.axis)
     return [
-        flat_size(transport, node, dim, token_map) if contains(dim, axis) and size != -1 else size
+        flat_size(transport, node, dim, token_map) if transport.counts(dim, axis) and size != -1 else size
         for dim, size in zip(dims, sizes, strict=True)
     ]
 
 
 def flat_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -> Length:
     """Size, after the edit, of a dimension that may hold other factors beside the tokens."""
-    others = tuple(a for a in dim if a not in resolve(token_map.axis))
+    axis = resolve(token_map.axis)
+    others = tuple(a for a in dim if a not in axis)
     named = tuple(a for a in others if not isinstance(a.size, int))
     factor = product(tuple(a for a in others if isinstance(a.size, int)))
-    lengths: list[Length] = [token_map.new, factor]
+    lengths: list[Length] = [token_map.new if axis[0] in dim else 1, factor]
     if named and named == resolve(token_map.rows):
         lengths.append(transport.editor.size(token_map.source, 0))
     elif named:
@@ -100,17 +101,21 @@ def _splits_rows(transport: Transport, node: Node, token_map: TokenMap) -> bool:
 
 def _check_whole(transport: Transport, node: Node, token_map: TokenMap) -> None:
     """Refuse an operator that takes the token axis apart, as a view to the patch grid does."""
+    if takes_apart(transport, node, token_map) and not token_map.thin:
+        raise EditError(
+            "the model takes the token axis apart after the place of the edit",
+            where=[place(node)],
+            found=f"the grid of {' x '.join(str(a.size) for a in resolve(token_map.axis))} patches",
+            remedy="edit further down, where tokens are a plain sequence",
+        )
+
+
+def takes_apart(transport: Transport, node: Node, token_map: TokenMap) -> bool:
+    """Whether the factors of a map's axis are apart in the result of a node."""
     axis = resolve(token_map.axis)
     if len(axis) < 2:
-        return
-    for dim in transport.of(node):
-        if any(a in dim for a in axis) and not contains(dim, axis):
-            raise EditError(
-                "the model takes the token axis apart after the place of the edit",
-                where=[place(node)],
-                found=f"the grid of {' x '.join(str(a.size) for a in axis)} patches",
-                remedy="edit further down, where tokens are a plain sequence",
-            )
+        return False
+    return any(any(a in dim for a in axis) and not contains(dim, axis) for dim in transport.of(node))
 
 
 def _new_value(transport: Transport, node: Node, token_map: TokenMap) -> Any:
@@ -125,12 +130,16 @@ def _new_value(transport: Transport, node: Node, token_map: TokenMap) -> Any:
 def _resized(transport: Transport, value: torch.Tensor, dims: list[Dim], token_map: TokenMap) -> torch.Tensor:
     axis = resolve(token_map.axis)
     before, after = length_value(token_map.old), length_value(token_map.new)
-    spots = [i for i, dim in enumerate(dims) if contains(dim, axis)]
+    spots = [i for i, dim in enumerate(dims) if transport.counts(dim, axis)]
     if not spots:
         return value
     shape = list(value.shape)
     for spot in spots:
-        shape[spot] = shape[spot] // before * after
+        if contains(dims[spot], axis):
+            shape[spot] = shape[spot] // before * after
+        else:  # rows or columns of features
+            held = product(tuple(a for a in axis if a in dims[spot]))
+            shape[spot] = shape[spot] // held * (after if axis[0] in dims[spot] else 1)
     strides = _dense_strides(shape, list(value.stride()))
     key = (tuple(shape), tuple(strides), value.dtype, value.device)
     if not all(isinstance(n, int) for n in (*shape, *strides)):

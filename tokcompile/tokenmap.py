@@ -21,8 +21,9 @@ from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.positions import positions_of, renumber
 from tokcompile.program import place
-from tokcompile.shapes import contains, repair
+from tokcompile.shapes import contains, repair, takes_apart
 from tokcompile.sites import Sites
+from tokcompile.sites.features import Shuffle
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -43,6 +44,11 @@ class TokenMap:
         part: the map of a sequence that this one's is a range of, and how many tokens of it are before and after.
         reordered: the axis is an order that the model sorts tokens into: computed anew on the tokens that are left, so
             that no value made for the old tokens fits it, and `source` and `keep` are those of the parent.
+        thin: the axis is one of features that the model makes of rows and columns of patches: what stays of it is a
+            column of features, so that the first factor of the axis counts all that stay, and the others are 1.
+        folded: of patches, the map of the features that they become.
+        shuffle: of groups of patches, how they stand in another order than the features that they become.
+        spliced: of a text, the map of the features that are spliced into it.
     """
 
     axis: Dim
@@ -55,6 +61,10 @@ class TokenMap:
     parent: TokenMap | None = None
     part: tuple[TokenMap, int, int] | None = None
     reordered: bool = False
+    thin: bool = False
+    folded: TokenMap | None = None
+    shuffle: Shuffle | None = None
+    spliced: TokenMap | None = None
 
 
 def _writes(user: Node, value: Node) -> bool:
@@ -77,6 +87,8 @@ class Transport:
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
         self.derived: dict[tuple[Any, ...], TokenMap] = {}
+        self.thin: set[Dim] = set()
+        self.texts: dict[TokenMap, TokenMap] = {}
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
@@ -87,9 +99,13 @@ class Transport:
         return [resolve(d) for d in self._dims[node]] if node in self._dims else self.axes.of(node)
 
     def where(self, node: Node, axis: Dim) -> list[int]:
-        """Dimensions of a value that contain an axis."""
+        """Dimensions of a value that contain an axis, or a factor of one of rows and columns."""
+        return [i for i, dim in enumerate(self.of(node)) if self.counts(dim, axis)]
+
+    def counts(self, dim: Dim, axis: Dim) -> bool:
+        """Whether a dimension counts tokens of an axis."""
         wanted = resolve(axis)
-        return [i for i, dim in enumerate(self.of(node)) if contains(dim, wanted)]
+        return contains(dim, wanted) or (wanted in self.thin and any(atom in dim for atom in wanted))
 
     def apply(self, cut: Node, token_map: TokenMap) -> Node:
         """Cut at a value and rewrite everything that depends on it.
@@ -161,12 +177,11 @@ class Transport:
     def _follow(self, node: Node, token_map: TokenMap) -> None:
         """Bring one operator to the new axis."""
         with self.editor.before(node):
-            if self._enters_splice(node, token_map):
-                token_map = positional.spliced(self, node, token_map)
+            token_map = self._merged(node, self._of_text(node, token_map))
             derived = positional.follow(self, node, token_map)
             if derived is None:
                 for value in list(node.all_input_nodes):
-                    if token_map not in self.edited.get(value, []):
+                    if token_map not in self.edited.get(value, []) and not self._inserted(node, value, token_map):
                         self.bring(node, value, token_map)
         for each in dict.fromkeys((token_map, derived or token_map)):
             if self._holds(node, each.axis):
@@ -174,14 +189,37 @@ class Transport:
         if derived is None:
             repair(self, node, token_map)
 
-    def _enters_splice(self, node: Node, token_map: TokenMap) -> bool:
-        return self.splice is not None and node is self.splice.node and token_map in self.edited.get(node.args[2], [])
+    def _of_text(self, node: Node, token_map: TokenMap) -> TokenMap:
+        """Where features are put among tokens, the map of those that follows from the features'."""
+        if node.target is not aten.masked_scatter.default or token_map not in self.edited.get(node.args[2], []):
+            return token_map
+        if self.splice is not None and node is self.splice.node:
+            self.texts[token_map] = positional.spliced(self, node, token_map)
+        if token_map not in self.texts:
+            raise EditError("features are put among tokens before they are spliced into a text", where=[place(node)])
+        return self.texts[token_map]
+
+    def _merged(self, node: Node, token_map: TokenMap) -> TokenMap:
+        """Where patches are taken apart to rows and columns to become features, the map of those."""
+        folded = token_map.folded
+        if folded is None or not takes_apart(self, node, token_map):
+            return token_map
+        self.thin.add(resolve(folded.axis))
+        for value in node.all_input_nodes:
+            if token_map in self.edited.get(value, []):
+                self.mark(value, folded)
+        return folded
+
+    def _inserted(self, node: Node, value: Node, token_map: TokenMap) -> bool:
+        """Whether a value is features that are put among the tokens of a map, and that were cut themselves."""
+        spliced = node.target is aten.masked_scatter.default and value is node.args[2]
+        return spliced and token_map.spliced is not None and token_map.spliced in self.edited.get(value, [])
 
     def _holds(self, node: Node, axis: Dim) -> bool:
         if isinstance(node.meta.get("val"), torch.Tensor):
             return bool(self.where(node, axis))
         lists = self.axes.context.dims.get(node, [])
-        return any(contains(resolve(d), resolve(axis)) for dims in lists for d in dims)
+        return any(self.counts(resolve(d), axis) for dims in lists for d in dims)
 
     def bring(self, user: Node, value: Node, token_map: TokenMap) -> None:
         """Let a value from outside the region follow the map before its user reads it."""
@@ -336,18 +374,22 @@ class Transport:
         return -1
 
     def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dim: Dim) -> Node:
-        """Gather a dimension that flattens batch rows and tokens together."""
+        """Gather a dimension that flattens batch rows and tokens together, and perhaps the parts of each token."""
         axis, rows = resolve(token_map.axis), resolve(token_map.rows)
-        if dim != (*rows, *axis):
+        width = len(rows) + len(axis)
+        parts = product(dim[width:])
+        if dim[:width] != (*rows, *axis) or not isinstance(parts, int):
             raise EditError(
                 "the token axis is flattened with another in a way that an edit cannot follow",
                 where=[place(value)],
                 found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
             )
         shape: list[Any] = [self.editor.size(value, i) for i in range(value.meta["val"].ndim)]
-        apart = self.editor.call(aten.reshape.default, value, [*shape[:spot], -1, token_map.old, *shape[spot + 1 :]])
+        inner = [parts] if len(dim) > width else []
+        sizes = [*shape[:spot], -1, token_map.old, *inner, *shape[spot + 1 :]]
+        apart = self.editor.call(aten.reshape.default, value, sizes)
         picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, spot + 1, spot)
-        return self.editor.call(aten.flatten.using_ints, picked, spot, spot + 1)
+        return self.editor.call(aten.flatten.using_ints, picked, spot, spot + 1 + len(inner))
 
     def _old_size(self, node: Node) -> None:
         """A size that the model reads keeps its old value: what is made from it is gathered like everything else."""
@@ -357,6 +399,9 @@ class Transport:
         for token_map in self.edited[value]:
             if node.target is aten.sym_size.int and node.args[1] not in self.where(value, token_map.axis):
                 continue
+            if isinstance(node.meta["val"], int):
+                self.editor.fix(node, node.meta["val"])
+                return
             alone = node.target is aten.sym_size.int and self.of(value)[node.args[1]] == resolve(token_map.axis)
             if not alone or not isinstance(token_map.old, Node):
                 raise EditError("the model computes with a size that the edit changes", where=[place(node)])

@@ -205,6 +205,37 @@ def _word(dim: tuple[Atom, ...], letters: dict[Atom, str]) -> str:
         pytest.param(lambda x: x.cumsum(1).softmax(-1).flip(1), "btc", "b t c", id="along-an-axis"),
         pytest.param(lambda x, w: F.layer_norm(x, [N], w), "btc c", "b t c", id="layer-norm"),
         pytest.param(lambda x, m, f: x.masked_scatter(m > 0, f), "btc btc nc", "b t c", id="masked-scatter"),
+        pytest.param(
+            lambda x, m, f: (x.masked_scatter(m > 0, f), f.exp()),
+            "btc btc nc",
+            "b t c, b c",
+            id="masked-scatter-gives-rows-equal-shares",
+        ),
+        pytest.param(
+            lambda x: torch.cat([part.exp() for part in x.flatten(0, 1).split(N)]),
+            "btc",
+            "(bt) c",
+            id="cat-of-all-pieces-of-a-split",
+        ),
+        pytest.param(
+            lambda x: torch.cat([part.exp() for part in reversed(x.flatten(0, 1).split(N))]),
+            "btc",
+            "(.t) c",
+            id="cat-of-pieces-in-another-order",
+        ),
+        pytest.param(lambda x, i: x[i.long().argsort()], "tc s", ". c", id="argsort-is-another-order"),
+        pytest.param(
+            lambda x, i: x[i.long()].exp()[i.long().argsort()],
+            "tc s",
+            ". c",
+            id="argsort-of-other-numbers",
+        ),
+        pytest.param(
+            lambda x, i: (lambda order: x[order].exp()[order.argsort()])(i.long()),
+            "tc s",
+            "t c",
+            id="argsort-leads-back",
+        ),
         pytest.param(lambda x, w: F.conv2d(x, w), "bchw kcyx", "b k () ()", id="conv2d"),
         pytest.param(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), "bhtd bhsd bhse", "b h t e", id="sdpa"),
         pytest.param(
@@ -223,6 +254,49 @@ def _word(dim: tuple[Atom, ...], letters: dict[Atom, str]) -> str:
 )
 def test_a_rule_spells_its_result(function: Callable[..., Any], inputs: str, expected: str) -> None:
     assert _spelled(function, inputs) == expected
+
+
+def test_a_bool_mask_picks_rows_of_another_number() -> None:
+    program = traced(lambda x, m: x[m > 0].exp(), torch.zeros(4, 6), torch.zeros(4), dynamic=[[], [0]])
+    axes = infer(program.graph)
+    rows, columns = axes.of(results(program)[0])
+    x, _ = (n for n in program.graph.nodes if n.op == "placeholder")
+    assert rows and rows != axes.dim(x, 0) and columns == axes.dim(x, 1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "channels", "tokens"),
+    [
+        pytest.param(lambda x: F.avg_pool2d(x, 2).flatten(2), "c", "hw", id="avg-pool"),
+        pytest.param(lambda x: F.unfold(x, (2, 2), stride=2), "cyx", "hw", id="im2col"),
+    ],
+)
+def test_windows_side_by_side_are_factors_of_rows_and_columns(pool: Any, channels: str, tokens: str) -> None:
+    program = traced(lambda x: pool(x.reshape(2, 3, 8, 6)), torch.zeros(2, 3, 48))
+    axes = infer(program.graph)
+    (x,) = (n for n in program.graph.nodes if n.op == "placeholder")
+    assert [a.size for a in axes.dim(x, 2)] == [4, 2, 3, 2]
+    parts = dict(zip("hywx", axes.dim(x, 2), strict=True)) | {"c": axes.dim(x, 1)[0]}
+    batch, first, last = axes.of(results(program)[0])
+    assert batch == axes.dim(x, 0)
+    assert (first, last) == (tuple(parts[c] for c in channels), tuple(parts[c] for c in tokens))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(lambda x: F.avg_pool2d(x, 2, stride=1), id="overlapping"),
+        pytest.param(lambda x: F.avg_pool2d(x, 2, padding=1), id="padded"),
+        pytest.param(lambda x: F.avg_pool2d(x, 4), id="not-whole"),
+        pytest.param(lambda x: F.unfold(x, (2, 2), stride=2, dilation=2), id="dilated"),
+    ],
+)
+def test_other_windows_say_nothing(pool: Any) -> None:
+    program = traced(lambda x: pool(x), torch.zeros(2, 3, 8, 6))
+    axes = infer(program.graph)
+    (x,) = (n for n in program.graph.nodes if n.op == "placeholder")
+    assert [len(dim) for dim in axes.of(x)] == [1] * 4
+    assert not {a for dim in axes.of(results(program)[0])[-2:] for a in dim} & {a for dim in axes.of(x) for a in dim}
 
 
 def test_an_operator_without_a_rule_is_listed_and_says_nothing() -> None:

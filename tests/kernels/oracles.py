@@ -28,14 +28,18 @@ def fill(first: list[Tensor], scores: Tensor, among: Tensor | None, k: int) -> T
     return keep
 
 
-def dilated(mask: Tensor, offsets: list[tuple[int, int]], height: int, width: int, edges: str) -> Tensor:
+def dilated(
+    mask: Tensor, offsets: list[tuple[int, int]], height: int, width: int, edges: str, tokens: int | None = None
+) -> Tensor:
+    """A grid may end within its last row, after a number of tokens."""
     out = torch.zeros_like(mask)
+    tokens = height * width if tokens is None else tokens
     for b, i in mask.nonzero().tolist():
         for dy, dx in offsets:
             y, x = i // width + dy, i % width + dx
             if edges == "clamp_flat":
-                out[b, min(max(i + dy * width + dx, 0), height * width - 1)] = True
-            elif 0 <= y < height and 0 <= x < width:
+                out[b, min(max(i + dy * width + dx, 0), tokens - 1)] = True
+            elif 0 <= y < height and 0 <= x < width and y * width + x < tokens:
                 out[b, y * width + x] = True
     return out
 

@@ -40,6 +40,10 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     "kept_indices": (lambda b: (bools(b, 12),), lambda keep: ops.kept_indices(keep, 5)),
     "topk_mask": (lambda b: (floats(b, 12), bools(b, 12)), lambda s, among: ops.topk_mask(s, among, 5)),
     "dilate": (lambda b: (bools(b, 12),), lambda mask: ops.dilate(mask, *CROSS, 3, 4, "clamp_flat")),
+    "dilate_by_width": (
+        lambda b: (bools(b, 12), torch.arange(b) % 4 + 1),
+        lambda mask, width: ops.dilate_by_width(mask, *CROSS, width, "grid"),
+    ),
     "fill_mask": (
         lambda b: (bools(b, 12), floats(b, 12), bools(b, 12)),
         lambda first, s, among: ops.fill_mask([first], s, among, 5),

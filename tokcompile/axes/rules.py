@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.axes.atoms import fresh, product, resolve, size_of
+from tokcompile.axes.atoms import divide, fresh, product, resolve, same, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
 from tokcompile.axes.views import (
@@ -90,6 +90,9 @@ def index(ctx: Context, node: Node) -> Dims:
     """Advanced indexing with index tensors that stand side by side."""
     dims, indices = ctx.of(node.args[0]), list(node.args[1])
     used = [i for i, value in enumerate(indices) if value is not None]
+    if len(used) == 1 and indices[used[0]].meta["val"].dtype == torch.bool:  # as many as the mask has True
+        rank = indices[used[0]].meta["val"].ndim
+        return [*dims[: used[0]], fresh(shape(node)[used[0]]), *dims[used[0] + rank :]]
     if not used or used != list(range(used[0], used[-1] + 1)):
         return [fresh(s) for s in shape(node)]
     rank = max(len(ctx.of(indices[i])) for i in used)
@@ -131,6 +134,30 @@ def ordered(ctx: Context, node: Node) -> list[Dims]:
     made = fresh(product(resolve(dims[where])))
     out = [*dims[:where], made, *dims[where + 1 :]]
     return [out, list(out)]
+
+
+def numbered(ctx: Context, node: Node) -> Dims:
+    """argsort: the numbers of elements in a new order, which is an axis of its own.
+
+    Of the numbers by which another sequence was put in order they lead back to that sequence.
+    """
+    dims = list(ctx.of(node.args[0]))
+    named = "stable" in node.target._overloadname
+    where = wrap(node.kwargs.get("dim", -1) if named else arg(node, 1, "dim", -1), len(dims))
+    made = fresh(product(resolve(dims[where])))
+    for value in _put_in_order(node.args[0]):
+        if value in ctx.dims:  # not further down
+            ctx.unify(node, made, ctx.of(value)[0])
+    return [*dims[:where], made, *dims[where + 1 :]]
+
+
+def _put_in_order(numbers: Node) -> list[Node]:
+    """The values of as many elements as there are numbers [n] that are put in the order of these."""
+    if numbers.meta["val"].ndim != 1:
+        return []
+    length = size_of(numbers.meta["val"].shape[0])
+    users = [u for u in numbers.users if u.target is aten.index.Tensor and list(u.args[1]) == [numbers]]
+    return [u.args[0] for u in users if same(size_of(u.args[0].meta["val"].shape[0]), length)]
 
 
 def written(ctx: Context, node: Node) -> Dims:
@@ -185,11 +212,52 @@ def source(ctx: Context, node: Node) -> Dims:
 
 
 def masked_scatter(ctx: Context, node: Node) -> Dims:
-    """The splice: the mask aligns with the target, the inserted rows with neither."""
+    """The splice: the mask aligns with the target; rows that are inserted [n, C] come in equal shares, one a batch row.
+
+    That the shares are equal is an assumption, which an edit that makes use of it checks when the graph runs.
+    """
     dims = list(ctx.of(node.args[0]))
     for one, other in zip(reversed(dims), reversed(ctx.of(node.args[1])), strict=False):
         ctx.unify(node, one, other)
+    inserted = ctx.of(node.args[2])
+    if len(dims) == 3 and len(inserted) == 2:
+        share = divide(product(resolve(inserted[0])), product(resolve(dims[0])))
+        if share is not None and resolve(dims[0]):
+            ctx.unify(node, inserted[0], (*resolve(dims[0]), *fresh(share)))
     return dims
+
+
+def windows(ctx: Context, node: Node) -> Dims:
+    """avg_pool2d and im2col: windows side by side that cover rows and columns, each a value of its own."""
+    dims, sizes = list(ctx.of(node.args[0])), shape(node)
+    folds = node.target is aten.im2col.default
+    kernel = _pair(node.args[1])
+    steps = _pair(arg(node, 4 if folds else 2, "stride") or kernel)
+    plain = steps == kernel and not any(_pair(arg(node, 3, "padding") or 0))
+    plain = plain and not (folds and _pair(arg(node, 2, "dilation")) != [1, 1])
+    whole = [divide(product(resolve(dim)), side) for dim, side in zip(dims[-2:], kernel, strict=True)]
+    if not plain or None in whole:
+        return [*dims[:-2], *fresh_dims(sizes[len(dims) - 2 :])] if not folds else fresh_dims(sizes)
+    inner = []
+    for dim, count, side in zip(dims[-2:], whole, kernel, strict=True):
+        parts = [fresh(count), fresh(side)]
+        ctx.unify(node, dim, (*parts[0], *parts[1]))
+        inner.append(parts)
+    (rows, height), (columns, width) = inner
+    if not folds:
+        return [*dims[:-2], resolve(rows), resolve(columns)]
+    channels = (*resolve(dims[-3]), *resolve(height), *resolve(width))
+    return [*dims[:-3], channels, (*resolve(rows), *resolve(columns))]
+
+
+def _pair(sides: Any) -> list[int]:
+    sides = [sides] if isinstance(sides, int) else list(sides)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def fresh_dims(sizes: Sequence[Any]) -> Dims:
+    """New dimensions of some sizes."""
+    return [fresh(size) for size in sizes]
 
 
 def gather_tokens(ctx: Context, node: Node) -> Dims:
@@ -281,7 +349,6 @@ _register(
     "roll",
     "type_as",
     "float",
-    "argsort",
     "softplus",
     "alpha_dropout",
     "feature_dropout",
@@ -317,6 +384,7 @@ _register(repeated, "repeat_interleave.self_int")
 _register(tiled, "repeat")
 _register(chosen, "topk", "max.dim", "min.dim")
 _register(ordered, "sort")
+_register(numbered, "argsort")
 _register(written, "index_put", "index_put_")
 _register(like_second, "copy_")
 _register(reduce, "sum", "mean", "amax", "amin", "any", "all", "prod", "argmax", "argmin", "var", "std", "logsumexp")
@@ -343,6 +411,7 @@ _register(
 )
 _register(conv, "conv1d", "conv2d", "conv3d", "convolution.default")
 _register(masked_scatter, "masked_scatter")
+_register(windows, "avg_pool2d", "im2col")
 
 _register(einsum, "einsum")
 _register(grouped, "_grouped_mm", "_scaled_grouped_mm")
@@ -358,6 +427,7 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "attention": attention,
     "topk_mask": pointwise,
     "dilate": like_first,
+    "dilate_by_width": like_first,
     "random_scores": like_first,
     "last_valid": leading(1),
     "token_norm": leading(2),

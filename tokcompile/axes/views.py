@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tokcompile.axes.atoms import Atom, Dim, fresh, product, regroup, resolve, s
 from tokcompile.axes.context import MAX, Context, Dims, arg, is_empty, shape, wrap
 
 aten = torch.ops.aten
+SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 
 
 def view(ctx: Context, node: Node) -> Dims:
@@ -121,18 +123,40 @@ def cat(ctx: Context, node: Node) -> Dims:
                 ctx.unify(node, out[position], dim)
                 out[position] = out[position] or dim
     if len(values) > 1:
-        out[where] = _joined([ctx.of(v)[where] for v in values], shape(node)[where])
+        out[where] = _joined([ctx.of(v)[where] for v in values], shape(node)[where], _pieces_of(ctx, values))
     return out
 
 
-def _joined(dims: list[Dim], size: Any) -> Dim:
+def _joined(dims: list[Dim], size: Any, split: Dim) -> Dim:
     first = resolve(dims[0])
     if first and all(resolve(d) == first for d in dims):  # n pieces with the same axis: an outer count and that axis
-        return (Atom(len(dims)), *first)
+        return (*(split or fresh(len(dims))), *first)
     made = fresh(size)
     if made:
         made[0].segments = tuple(dims)
     return made
+
+
+def _pieces_of(ctx: Context, values: list[Node]) -> Dim:
+    """What a dimension was split by, where values are made of all pieces of one split, each of its own; else `()`."""
+    found = [_piece(value) for value in values]
+    split = found[0].args[0] if found[0] is not None else None
+    pieces = [(piece.args[0], piece.args[1]) if piece is not None else None for piece in found]
+    if split is None or split.target not in SPLITS or pieces != [(split, i) for i in range(len(split.meta["val"]))]:
+        return ()
+    where = wrap(arg(split, 2, "dim", 0), len(ctx.of(split.args[0])))
+    whole = resolve(ctx.of(split.args[0])[where])
+    sizes = {size_of(piece.shape[where]) for piece in split.meta["val"]}
+    return whole[:1] if len(whole) > 1 and sizes == {product(whole[1:])} and whole[0].size == len(values) else ()
+
+
+def _piece(value: Node) -> Node | None:
+    """The piece of a split that a value is made of alone."""
+    while value.target is not operator.getitem:
+        if len(value.all_input_nodes) != 1:
+            return None
+        value = value.all_input_nodes[0]
+    return value
 
 
 def stack(ctx: Context, node: Node) -> Dims:

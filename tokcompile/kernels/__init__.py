@@ -10,6 +10,7 @@ if __name__ == "tokcompile.kernels":
     from .attention_received import attention_received
     from .attention_row import attention_row
     from .dilate import dilate
+    from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
     from .kept_indices import kept_indices
@@ -26,6 +27,7 @@ __all__ = [
     "attention_row",
     "define",
     "dilate",
+    "dilate_by_width",
     "fill_mask",
     "gather_tokens",
     "kept_indices",

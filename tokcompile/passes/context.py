@@ -14,7 +14,6 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
-from tokcompile.positional import count
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites
 
@@ -76,16 +75,6 @@ class Context:
         self.sites = find_sites(self.program)
         self.editor = Editor(self.program, self.editor.rule, self.counts)
 
-    def token_dim(self, node: Node, owner: str) -> int:
-        """The dimension of a value that counts the tokens of a stack's sequence."""
-        dims = self.program.axes.of(node)
-        if len(dims) == 3:
-            return 1
-        raise EditError(
-            "this value has no token dimension of its own",
-            found=f"'{node.name}' of {owner} is {tuple(node.meta['val'].shape)}",
-        )
-
     def image_mask(self, axis: Dim) -> Node:
         """bool [B, T] on a text axis: where features of images and videos stand."""
         splice = self.sites.splice
@@ -140,6 +129,12 @@ class Context:
             found=f"{_spelled(start)} tokens against {_spelled(goal)}",
             remedy="score and drop the same tokens",
         )
+
+    def segment_bounds(self, axis: Dim, part: Dim) -> tuple[int, int]:
+        """Where the patches among class tokens begin and end."""
+        bounds = _segment_bounds(resolve(axis), resolve(part))
+        assert bounds is not None
+        return bounds
 
     def patch_mask(self, like: Node, axis: Dim) -> tuple[Node, int] | None:
         """The patches of a vision sequence that was cut from one of class tokens and patches.
@@ -272,8 +267,3 @@ def _chain(start: Dim, goal: Dim) -> list[Node] | None:
         chain.insert(0, goal[0].via)
         goal = resolve(goal[0].origin)
     return chain
-
-
-def rows_of(ctx: Context, node: Node) -> int:
-    """Batch rows of a value, as seen at capture."""
-    return count(node, 0)

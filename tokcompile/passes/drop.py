@@ -9,10 +9,12 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection, oldest
+from tokcompile.passes.fold import folded_map
 from tokcompile.passes.select import is_text_axis, patch_axis
 from tokcompile.positional import images_per_row, make_map
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
+from tokcompile.sites.features import Sequence, find_fold, sequence
 from tokcompile.steps import Drop
 from tokcompile.tokenmap import TokenMap, Transport
 
@@ -38,10 +40,10 @@ def drop(ctx: Context, step: Drop) -> None:
         record["note"] = "everything is kept: no edit"
         return
     node = place.node
-    dims = ctx.program.axes.of(node)
-    if len(dims) != 3:
+    at = sequence(ctx.program, ctx.sites, node)
+    if at is None:
         raise EditError(
-            "tokens can be dropped from a value [B, T, C]",
+            "tokens can be dropped from a value [B, T, C], or from the packed patches [n, C] of rows with as many each",
             where=[node_place(node)],
             found=f"{tuple(node.meta['val'].shape)}",
         )
@@ -49,7 +51,7 @@ def drop(ctx: Context, step: Drop) -> None:
         _check_positions(ctx, place)
     transport = Transport(ctx.editor, ctx.sites)
     with ctx.editor.after([node, selection.mask]):
-        token_map = _map(ctx, transport, step, place, selection)
+        token_map = _map(ctx, transport, step, place, selection, at)
     transport.apply(node, token_map)
     ctx.refresh()
 
@@ -87,11 +89,12 @@ def _several_coordinates(ctx: Context, positions: Node, stream: Node) -> bool:
     return any(dim and oldest(dim) not in (rows, tokens) for dim in ctx.program.axes.of(positions))
 
 
-def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection) -> TokenMap:
-    editor, node = ctx.editor, place.node
-    dims = ctx.program.axes.of(node)
-    rows, axis = dims[0], dims[1]
+def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection, at: Sequence) -> TokenMap:
+    editor, node, axis = ctx.editor, place.node, at.axis
     own = resolve(selection.axis) == resolve(axis)
+    fold = None if own or is_text_axis(ctx, axis) else find_fold(ctx.program, ctx.sites, patch_axis(ctx, axis))
+    if fold is not None and fold.features == resolve(selection.axis):
+        return folded_map(ctx, transport, selection, at, fold, step.positions)
     if not own:
         _check_whole(ctx, selection, axis, place)
     keep = selection.mask if own else ctx.align(selection.mask, selection.axis, axis, fill=1.0)
@@ -102,9 +105,9 @@ def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection
     if not own:
         images = _images(ctx, selection.mask, node)
         gone = editor.arithmetic(lambda n: n * images, gone)
-    old = editor.size(node, 1)
+    old = selection.size if at.packed else editor.size(node, at.dim)
     new = editor.arithmetic(sub, old, gone)
-    return make_map(transport, keep, axis, rows, old, new, step.positions)
+    return make_map(transport, keep, axis, at.rows, old, new, step.positions)
 
 
 def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) -> None:

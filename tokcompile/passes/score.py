@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from tokcompile.axes import Dim, product
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context, Scores
 from tokcompile.program import place as node_place
 from tokcompile.sites import Attention, Place, resolve_address
+from tokcompile.sites.features import sequence, text_rows
 from tokcompile.steps import Score
 
 aten = torch.ops.aten
@@ -81,7 +83,16 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
                 step.reduce,
                 *sinks,
             )
+        node, axis = _rowwise(ctx, node, axis)
     return Scores(node, axis, place.owner)
+
+
+def _rowwise(ctx: Context, scores: Node, axis: Dim) -> tuple[Node, Dim]:
+    """Scores [1, n] of packed rows as [B, T], and the axis of one row."""
+    rows = text_rows(ctx.program, ctx.sites)
+    if not rows or axis[: len(rows)] != rows:
+        return scores, axis
+    return ctx.editor.call(aten.reshape.default, scores, [-1, product(axis[len(rows) :])]), axis[len(rows) :]
 
 
 def _mask(ctx: Context, site: Attention) -> Node | None:
@@ -132,22 +143,26 @@ def _rows(ctx: Context, site: Attention, place: Place, step: Score, rows: tuple)
 
 def _valued(ctx: Context, step: Score, place: Place) -> Scores:
     node = place.node
-    dims = ctx.program.axes.of(node)
-    if len(dims) != 3:
+    at = sequence(ctx.program, ctx.sites, node)
+    if at is None:
         raise EditError(
-            "a score needs a value [B, T, C]", where=[node_place(node)], found=f"{tuple(node.meta['val'].shape)}"
+            "a score needs a value [B, T, C], or the packed patches [n, C] of rows with as many each",
+            where=[node_place(node)],
+            found=f"{tuple(node.meta['val'].shape)}",
         )
     with ctx.editor.after(_sources(ctx, step, node)):
+        if at.packed:
+            node = ctx.editor.call(aten.reshape.default, node, [-1, product(at.axis), node.meta["val"].shape[-1]])
         if step.by == "norm":
             made = ctx.editor.call(tokred.token_norm.default, node, float(step.p))
         elif step.by == "random":
             flat = ctx.editor.call(aten.select.int, node, -1, 0)
             made = ctx.editor.call(tokred.random_scores.default, flat, int(step.seed))
         elif step.by == "cosine":
-            made = ctx.editor.call(tokred.token_cosine.default, node, _reference(ctx, step, place))
+            made = ctx.editor.call(tokred.token_cosine.default, node, _reference(ctx, step, node, at.axis))
         else:
             raise RuleError(f"no way to score is called '{step.by}'")
-    return Scores(made, dims[1], place.owner)
+    return Scores(made, at.axis, place.owner)
 
 
 def _sources(ctx: Context, step: Score, node: Node) -> list[Node]:
@@ -155,16 +170,14 @@ def _sources(ctx: Context, step: Score, node: Node) -> list[Node]:
     return [node, reference.node] if reference is not None else [node]
 
 
-def _reference(ctx: Context, step: Score, place: Place) -> Node:
-    """[B, C] or [B, R, C]: what tokens are compared with."""
+def _reference(ctx: Context, step: Score, node: Node, axis: Dim) -> Node:
+    """[B, C] or [B, R, C]: what the tokens of a value [B, T, C] are compared with."""
     if step.to in ctx.values:
         return ctx.values[step.to].node
-    node = place.node
     if step.to == "mean":
         return ctx.editor.call(aten.mean.dim, node, [1])
     if step.to == "cls":
         return ctx.editor.call(aten.select.int, node, 1, 0)
-    axis = ctx.program.axes.of(node)[1]
     valid = ctx.valid_mask(axis)
     if valid is None:
         return ctx.editor.call(aten.select.int, node, 1, -1)

@@ -11,7 +11,11 @@ from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
+from tokcompile.passes.fold import scores_of_features
+from tokcompile.passes.width import grid_width
 from tokcompile.positional import count, images_per_row
+from tokcompile.sites.features import features, find_fold, sequence
+from tokcompile.sites.features import images_per_row as packed_images
 from tokcompile.sites.grid import patch_grid
 from tokcompile.sites.projector import Projector
 from tokcompile.sites.splice import Splice
@@ -64,11 +68,13 @@ def is_text_axis(ctx: Context, axis: Dim) -> bool:
 
 def patch_axis(ctx: Context, axis: Dim) -> Dim:
     """The patches of a vision sequence: the sequence without its class and register tokens."""
-    if ctx.sites.projector is not None:
-        features = ctx.program.axes.of(ctx.sites.projector.input)[1]
-        if features and (features == resolve(axis) or _holds_segment(axis, features)):
-            return features
-    axis = resolve(axis)
+    axis, made = resolve(axis), features(ctx.program, ctx.sites)
+    if made is not None and made.axis and (made.axis == axis or _holds_segment(axis, made.axis)):
+        return made.axis
+    if ctx.sites.splice is not None:
+        spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features)
+        if spliced is not None and spliced.axis == axis:
+            return axis
     return longest_segment(axis) if len(axis) == 1 and axis[0].segments else axis
 
 
@@ -86,7 +92,7 @@ def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node 
                 found="attention to another sequence than its own",
                 remedy="score a block that attends to its own sequence, or the tokens of that other sequence",
             )
-        return _vision_group(ctx, scores)
+        return _vision_group(ctx, step, scores)
     node, axis = scores.node, scores.axis
     total = ctx.editor.size(node, 1)
     valid = ctx.valid_mask(axis)
@@ -103,9 +109,16 @@ def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node 
     return node, axis, text, ctx.editor.arithmetic(sub, total, size)
 
 
-def _vision_group(ctx: Context, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
+def _vision_group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node | None, Length]:
     axis = patch_axis(ctx, scores.axis)
     node = ctx.align(scores.node, scores.axis, axis)
+    fold = find_fold(ctx.program, ctx.sites, axis)
+    if fold is not None:
+        node, axis = scores_of_features(ctx.editor, node, fold), fold.features
+    if step.per == "image":
+        _check_packed(ctx, axis)
+    if fold is not None:
+        return node, axis, None, _count(axis)
     patches = ctx.patch_mask(node, axis)
     if patches is None:
         return node, axis, None, _count(axis)
@@ -141,17 +154,31 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
 
 
-def _check_one_image(projector: Projector | None, splice: Splice) -> None:
-    """Refuse a budget per image where a row may hold several: on a text axis nobody knows where one ends."""
-    counted = projector is not None and projector.rows and not splice.further
-    images = images_per_row(projector.input, splice.node) if counted else None
-    if images == 1:
-        return
-    raise EditError(
+def _check_packed(ctx: Context, axis: Dim) -> None:
+    """Refuse a budget per image where the features of several, or of nobody knows how many, are one row."""
+    spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features) if ctx.sites.splice is not None else None
+    for packed in (features(ctx.program, ctx.sites), spliced):
+        if packed is not None and packed.packed and packed.axis == axis:
+            images = packed_images(ctx.program, ctx.sites, packed)
+            if images != 1:
+                raise _unknown_images(images)
+            return
+
+
+def _unknown_images(images: int | None) -> EditError:
+    return EditError(
         "a budget per image needs the images' own axis",
         found=f"{images} images in each row" if images else "features of all images in one sequence",
         remedy="use `per: row`, or select at projector.input where it has an axis for images",
     )
+
+
+def _check_one_image(projector: Projector | None, splice: Splice) -> None:
+    """Refuse a budget per image where a row may hold several: on a text axis nobody knows where one ends."""
+    counted = projector is not None and projector.rows and not splice.further
+    images = images_per_row(projector.input, splice.node) if counted else None
+    if images != 1:
+        raise _unknown_images(images)
 
 
 def _unknown(node: Node) -> bool:
@@ -178,17 +205,20 @@ def _on(ctx: Context, selection: Selection, axis: Dim) -> Node:
 
 def _neighbours(ctx: Context, step: Select) -> Selection:
     of = ctx.values[step.of]
+    offsets = {"cross": CROSS, "square": SQUARE}.get(step.offsets, step.offsets)
+    ys, xs = [y for y, _ in offsets], [x for _, x in offsets]
     grid = patch_grid(ctx.program, of.axis)
-    if grid is None:
+    width = grid_width(ctx, of.axis) if grid is None else None
+    if grid is not None:
+        mask = ctx.editor.call(tokred.dilate.default, of.mask, ys, xs, *grid, step.edges)
+    elif width is not None:
+        mask = ctx.editor.call(tokred.dilate_by_width.default, of.mask, ys, xs, width, step.edges)
+    else:
         raise EditError(
             "neighbours need the patch grid",
             found=f"a sequence of {product(resolve(of.axis))} tokens without one",
             remedy="choose neighbours on the vision side, before tokens are dropped",
         )
-    height, width = grid
-    offsets = {"cross": CROSS, "square": SQUARE}.get(step.offsets, step.offsets)
-    ys, xs = [y for y, _ in offsets], [x for _, x in offsets]
-    mask = ctx.editor.call(tokred.dilate.default, of.mask, ys, xs, height, width, step.edges)
     return Selection(mask, of.axis, of.group, of.size, of.count)
 
 
