@@ -182,8 +182,12 @@ def hand_run(
     inputs: dict[str, Any] | None = None,
     length: int | None = None,
     compact: bool = False,
+    then: tuple[int, byhand.Kept] | None = None,
 ) -> list[Tensor]:
-    """The same by hand, given the tokens; of other inputs than the example's, whose sequence has another length."""
+    """The same by hand, given the tokens; of other inputs than the example's, whose sequence has another length.
+
+    `then` is a block further down, and what stays of these tokens from there on.
+    """
     inputs = subject.inputs if inputs is None else inputs
     length = length or subject.sites.stacks[stack].blocks[0].input.meta["val"].shape[1]
     readers: Any = ()
@@ -191,7 +195,8 @@ def hand_run(
         readers = blocks_of(subject.model, subject.sites, "decoder")
     blocks = blocks_of(subject.model, subject.sites, stack)
     cut = byhand.Cut(blocks, block, kept, length, readers, _rotary(subject.model, blocks) if compact else ())
-    with torch.no_grad(), byhand.applied([cut]), _added_late(subject.model, cut):
+    cuts = [cut] if then is None else [cut, byhand.Cut(blocks, *then, len(kept[0]))]
+    with torch.no_grad(), byhand.applied(cuts), _added_late(subject.model, cut):
         if subject.family.name in FINISH:
             return [FINISH[subject.family.name](subject.model, _last_states(subject, blocks, inputs))]
         return outputs(subject.model(**inputs))

@@ -152,21 +152,26 @@ def received(subject: families.Subject, block: int) -> Tensor:
 
 
 @contextmanager
-def shortened(subject: families.Subject, features: byhand.Kept, block: int = 1) -> Iterator[None]:
-    """Let the blocks of a tower, from one on, see the patches of some features of each image alone."""
-    grid = GRIDS[subject.family.name]
-    if grid.side == 1:  # the class tokens are not listed with the features
-        features = [[token - grid.front for token in row if token >= grid.front] for row in features]
-    kept = grid.kept(features)
-    if "image_window_index" in subject.inputs:
-        kept = [_in_windows(kept[0], subject.inputs["image_window_index"].tolist(), grid.side**2)]
-    length = grid.tokens * (len(features) if grid.packed else 1)
+def shortened(
+    subject: families.Subject, features: byhand.Kept, block: int = 1, before: byhand.Kept | None = None
+) -> Iterator[None]:
+    """Let the blocks of a tower, from one on, see the patches of some features of each image alone.
+
+    Args:
+        before: the features that blocks further up are left with, of which these are some.
+    """
+    kept, length = _tokens(subject, features)
+    inner, shorter = kept, length
+    if before is not None:
+        longer, _ = _tokens(subject, before)
+        inner = [[all_.index(token) for token in row] for row, all_ in zip(kept, longer, strict=True)]
+        shorter = len(longer[0])
     blocks = families.blocks_of(subject.model, subject.sites, "vision")
 
     def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
         del module
-        args, kwargs = tree_map_only(Tensor, lambda v: _take(v, kept, length), (args, kwargs))
-        bounds = {k: _fewer(v, kept[0]) for k, v in kwargs.items() if k == "cu_seqlens"}
+        args, kwargs = tree_map_only(Tensor, lambda v: _take(v, inner, shorter), (args, kwargs))
+        bounds = {k: _fewer(v, inner[0]) for k, v in kwargs.items() if k == "cu_seqlens"}
         return args, kwargs | bounds
 
     def spread(value: Tensor) -> Tensor:
@@ -191,6 +196,17 @@ def _in_windows(tokens: list[int], order: list[int], size: int) -> list[int]:
     """The patches that stay, where groups of a size stand in another order: which group each place holds."""
     stay = {token // size for token in tokens}
     return [place * size + i for place, group in enumerate(order) if group in stay for i in range(size)]
+
+
+def _tokens(subject: families.Subject, features: byhand.Kept) -> tuple[byhand.Kept, int]:
+    """The tokens of a tower's sequence that belong to some features, and how long the whole sequence is."""
+    grid = GRIDS[subject.family.name]
+    if grid.side == 1:  # the class tokens are not listed with the features
+        features = [[token - grid.front for token in row if token >= grid.front] for row in features]
+    kept = grid.kept(features)
+    if "image_window_index" in subject.inputs:
+        kept = [_in_windows(kept[0], subject.inputs["image_window_index"].tolist(), grid.side**2)]
+    return kept, grid.tokens * (len(features) if grid.packed else 1)
 
 
 def _is_tower(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ def compile(
         setattr(model, _BEFORE, before)
     model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target})
     imagesizes.install(model)
-    if imagesizes.packed_tower(model) is not None or slidingcache.has_windows(model):
+    if imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl)
     return model
 

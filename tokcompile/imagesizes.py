@@ -61,6 +61,12 @@ def packed_tower(model: nn.Module) -> nn.Module | None:
     return next((m for m in _transformers(model) if "grid_thw" in inspect.signature(m.forward).parameters), None)
 
 
+def reads_sizes(model: nn.Module) -> bool:
+    """Whether `precompute` has anything to do for a model."""
+    numbers = set(_NUMBERS) & {*inspect.signature(model.forward).parameters}
+    return bool(numbers) or packed_tower(model) is not None
+
+
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
     """`install` for a while."""

@@ -63,7 +63,7 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     if (
         node.target is aten.masked_scatter.default
         and {*node.args[:2]} & {*edited}
-        and not _fits(transport, node, token_map)
+        and not transport.fits(node, token_map)
     ):
         raise EditError(
             "features are put among tokens in turn after the place of the edit",
@@ -93,17 +93,10 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
 
 def _in_order_again(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | None:
     """Groups of patches put in the order of their features: the same order of those that are left."""
-    editor, shuffle = transport.editor, token_map.shuffle
-    assert shuffle is not None
-    left = editor.call(aten.index.Tensor, shuffle.numbers, [editor.call(aten.squeeze.dim, token_map.source, 0)])
-    editor.set_args(node, [node.args[0], [editor.call(aten.argsort.default, left)]])
+    editor = transport.editor
+    editor.set_args(node, [node.args[0], [editor.call(aten.argsort.default, token_map.numbers)]])
     node.meta["val"] = editor.evaluate(node)
     return token_map.folded
-
-
-def _fits(transport: Transport, node: Node, token_map: TokenMap) -> bool:
-    """Whether the features put among tokens were cut as the tokens were."""
-    return token_map.spliced is not None and token_map.spliced in transport.edited.get(node.args[2], [])
 
 
 def _refuse_order(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> None:

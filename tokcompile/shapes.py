@@ -92,11 +92,11 @@ def flat_size(transport: Transport, node: Node, dim: Dim, token_map: TokenMap) -
 
 
 def _splits_rows(transport: Transport, node: Node, token_map: TokenMap) -> bool:
-    """Whether a split takes flattened rows apart into one piece of tokens each."""
+    """Whether a split takes flattened rows apart into one piece of tokens each; one row is a piece itself."""
     where = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     dim = transport.of(node.args[0])[where]
     axis = resolve(token_map.axis)
-    return contains(dim, axis) and dim != axis
+    return contains(dim, axis) and (dim != axis or len(node.meta["val"]) == 1)
 
 
 def _check_whole(transport: Transport, node: Node, token_map: TokenMap) -> None:

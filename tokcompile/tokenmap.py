@@ -17,6 +17,7 @@ from tokcompile import positional
 from tokcompile.axes import Dim, product, resolve, size_of
 from tokcompile.axes.atoms import same
 from tokcompile.axes.infer import broadcasts
+from tokcompile.axes.views import SPLITS
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.positions import positions_of, renumber
@@ -48,6 +49,7 @@ class TokenMap:
             column of features, so that the first factor of the axis counts all that stay, and the others are 1.
         folded: of patches, the map of the features that they become.
         shuffle: of groups of patches, how they stand in another order than the features that they become.
+        numbers: the features that the groups that stay become, as the shuffle numbers them.
         spliced: of a text, the map of the features that are spliced into it.
     """
 
@@ -64,6 +66,7 @@ class TokenMap:
     thin: bool = False
     folded: TokenMap | None = None
     shuffle: Shuffle | None = None
+    numbers: Node | None = None
     spliced: TokenMap | None = None
 
 
@@ -202,7 +205,7 @@ class Transport:
     def _merged(self, node: Node, token_map: TokenMap) -> TokenMap:
         """Where patches are taken apart to rows and columns to become features, the map of those."""
         folded = token_map.folded
-        if folded is None or not takes_apart(self, node, token_map):
+        if folded is None or node.target in SPLITS or not takes_apart(self, node, token_map):
             return token_map
         self.thin.add(resolve(folded.axis))
         for value in node.all_input_nodes:
@@ -211,9 +214,15 @@ class Transport:
         return folded
 
     def _inserted(self, node: Node, value: Node, token_map: TokenMap) -> bool:
-        """Whether a value is features that are put among the tokens of a map, and that were cut themselves."""
-        spliced = node.target is aten.masked_scatter.default and value is node.args[2]
-        return spliced and token_map.spliced is not None and token_map.spliced in self.edited.get(value, [])
+        """Whether a value is features that are put among the tokens of a map, and fits them."""
+        return node.target is aten.masked_scatter.default and value is node.args[2] and self.fits(node, token_map)
+
+    def fits(self, node: Node, token_map: TokenMap) -> bool:
+        """Whether features fit the tokens that they are put among: they were cut as these were, or are of others."""
+        if token_map.spliced is None:
+            return False
+        others = self.splice is not None and any(node is each.node for each in self.splice.further)
+        return others or token_map.spliced in self.edited.get(node.args[2], [])
 
     def _holds(self, node: Node, axis: Dim) -> bool:
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -307,14 +316,13 @@ class Transport:
             return moved
         for _ in range(lead):
             moved = self.editor.call(aten.unsqueeze.default, moved, 0)
-        for spot in spots:
-            if self.of(value)[spot] != resolve(token_map.axis):
-                raise EditError(
-                    "the token axis is flattened with another in a way that an edit cannot follow",
-                    where=[place(value)],
-                    found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
-                )
-            moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot + lead, batch)
+        dims = [()] * lead + self.of(value)
+        dims[batch] = resolve(token_map.rows)
+        for spot in (each + lead for each in spots):
+            if dims[spot] == resolve(token_map.axis):
+                moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot, batch)
+            else:
+                moved = self._move_flat(moved, token_map, spot, dims)
         return moved
 
     def _renumbered(self, value: Node, positions: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
@@ -347,7 +355,7 @@ class Transport:
         """
         dims = dims or self.of(value)
         if dims[spot] != resolve(token_map.axis):
-            return self._move_flat(value, token_map, spot, dims[spot]), spot, spot
+            return self._move_flat(value, token_map, spot, dims), spot, spot
         batch = self._batch(value, dims, spot, token_map)
         if batch >= 0:
             return self.editor.call(tokred.gather_tokens.default, value, token_map.source, spot, batch), spot, batch
@@ -373,23 +381,28 @@ class Transport:
             )
         return -1
 
-    def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dim: Dim) -> Node:
-        """Gather a dimension that flattens batch rows and tokens together, and perhaps the parts of each token."""
+    def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim]) -> Node:
+        """Gather a dimension that flattens batch rows and tokens together, or tokens and the parts of each."""
         axis, rows = resolve(token_map.axis), resolve(token_map.rows)
-        width = len(rows) + len(axis)
-        parts = product(dim[width:])
-        if dim[:width] != (*rows, *axis) or not isinstance(parts, int):
+        batch = next((i for i, dim in enumerate(dims) if rows and dim == rows), -1)
+        lead = rows if batch < 0 else ()
+        width = len(lead) + len(axis)
+        parts = product(dims[spot][width:])
+        if dims[spot][:width] != (*lead, *axis) or not isinstance(parts, int):
             raise EditError(
                 "the token axis is flattened with another in a way that an edit cannot follow",
                 where=[place(value)],
                 found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
             )
         shape: list[Any] = [self.editor.size(value, i) for i in range(value.meta["val"].ndim)]
-        inner = [parts] if len(dim) > width else []
-        sizes = [*shape[:spot], -1, token_map.old, *inner, *shape[spot + 1 :]]
+        inner = [parts] if len(dims[spot]) > width else []
+        outer = [-1] if batch < 0 else []
+        sizes = [*shape[:spot], *outer, token_map.old, *inner, *shape[spot + 1 :]]
         apart = self.editor.call(aten.reshape.default, value, sizes)
-        picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, spot + 1, spot)
-        return self.editor.call(aten.flatten.using_ints, picked, spot, spot + 1 + len(inner))
+        where = spot + len(outer)
+        at = spot if batch < 0 else batch + (batch > spot) * len(inner)
+        picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, where, at)
+        return self.editor.call(aten.flatten.using_ints, picked, spot, where + len(inner))
 
     def _old_size(self, node: Node) -> None:
         """A size that the model reads keeps its old value: what is made from it is gathered like everything else."""

@@ -79,7 +79,7 @@ def test_a_window_wider_than_all_tokens_is_none(block: int, padded: bool, tmp_pa
     it = families.subject(family.model_copy(update={"config": {**family.config, "sliding_window": 256}}))
     prompt = family.example(it.model, batch=2, padded=padded)
     it.inputs = prompt | {"use_cache": False}
-    _, kept = families.dropped(it, "decoder", tmp_path, block=block, keep=7)
+    _, (kept,) = families.dropped(it, "decoder", tmp_path, block=block, keep=7)
     expected = by_hand(it, kept, block=block)
     torch._dynamo.reset()
     options = families.options_for(it, "decoder", tmp_path, block=block, keep=7)
@@ -93,7 +93,7 @@ def test_generate_after_a_drop_equals_a_run_by_hand(name: str, tmp_path: Path) -
     length = LENGTH.get(name, 17)
     it = families.subject(catalogue.family(name), length=length)
     options = families.options_for(it, "decoder", tmp_path, keep=7)
-    _, kept = families.dropped(it, "decoder", tmp_path, keep=7)
+    _, (kept,) = families.dropped(it, "decoder", tmp_path, keep=7)
     expected = by_hand(it, kept)
     prompt = it.family.example(it.model, batch=2, padded=True, length=length)
     torch._dynamo.reset()

@@ -75,7 +75,7 @@ def check_drop(it: families.Subject, folder: Path, block: int = 1) -> byhand.Kep
     torch._dynamo.reset()
     everything = prune(it.model, rule=families.rule(folder, "group", "decoder"), keep=1.0, among="image")
     assert difference(everything(**it.inputs).logits, expected) == 0
-    got, kept = families.dropped(it, "decoder", folder, block=block, keep=7)
+    got, (kept,) = families.dropped(it, "decoder", folder, block=block, keep=7)
     assert families.compared(got, families.hand_run(it, "decoder", kept, block=block)) == 0
     return kept
 
@@ -103,7 +103,7 @@ def test_an_image_after_a_video(name: str, block: int, tmp_path: Path) -> None:
 def test_ten_steps_after_two_images(name: str, tmp_path: Path) -> None:
     short = {"images": 2, "length": 10}  # no sequence is as long as the stream is wide, which a run by hand goes by
     it = subject(name, **short)
-    _, kept = families.dropped(it, "decoder", tmp_path, keep=7)
+    _, (kept,) = families.dropped(it, "decoder", tmp_path, keep=7)
     expected = by_hand(it, kept, steps=10)
     torch._dynamo.reset()
     tokcompile.compile(it.model, target="eager", **families.options_for(it, "decoder", tmp_path, keep=7))

@@ -72,29 +72,28 @@ def folded_map(
 
 def _shuffled(ctx: Context, features: TokenMap, shuffle: Shuffle) -> TokenMap:
     """The map of groups of patches that stand in another order than the features they become."""
-    editor = ctx.editor
+    editor, call = ctx.editor, ctx.editor.call
     total = product(shuffle.axis)
-    counted = editor.call(aten.arange.default, total, device=features.source.meta["val"].device)
-    each = editor.call(aten.slice.Tensor, counted, 0, 0, total, length_value(features.old))
-    first = editor.call(aten.add.Tensor, features.source, editor.call(aten.unsqueeze.default, each, 1))
-    first = editor.call(aten.reshape.default, first, [-1])
-    gone = editor.call(aten.zeros_like.default, counted, dtype=torch.bool)
-    flat = editor.call(aten.scatter.value, gone, 0, first, True)
-    sorted_ = editor.call(aten.index.Tensor, shuffle.numbers, [editor.call(aten.argsort.default, shuffle.numbers)])
-    editor.require(editor.call(aten.eq.Tensor, sorted_, counted), "groups of patches are not in an order of features")
-    keep = editor.call(aten.unsqueeze.default, editor.call(aten.index.Tensor, flat, [shuffle.numbers]), 0)
-    rows = editor.size(features.keep, 0)
-    new = editor.arithmetic(lambda n, b: n * b, features.new, rows)
+    counted = call(aten.arange.default, total, device=features.source.meta["val"].device)
+    first = call(aten.slice.Tensor, counted, 0, 0, total, length_value(features.old))
+    chosen = call(aten.add.Tensor, features.source, call(aten.unsqueeze.default, first, 1))
+    none = call(aten.zeros_like.default, counted, dtype=torch.bool)
+    flat = call(aten.scatter.value, none, 0, call(aten.reshape.default, chosen, [-1]), True)
+    ranks = call(aten.argsort.default, call(aten.argsort.default, shuffle.numbers))
+    keep = call(aten.unsqueeze.default, call(aten.index.Tensor, flat, [ranks]), 0)
+    new = editor.arithmetic(lambda n, rows: n * rows, features.new, editor.size(features.keep, 0))
+    source = call(tokred.kept_indices.default, keep, new)
     return replace(
         features,
         axis=shuffle.axis,
         rows=(),
-        source=editor.call(tokred.kept_indices.default, keep, new),
+        source=source,
         keep=keep,
         old=total,
         new=new,
         folded=features,
         shuffle=shuffle,
+        numbers=call(aten.index.Tensor, shuffle.numbers, [call(aten.squeeze.dim, source, 0)]),
     )
 
 

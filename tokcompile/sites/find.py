@@ -18,6 +18,7 @@ from tokcompile.sites.sight import hidden_by, is_causal, rows_of_integers
 from tokcompile.sites.splice import CONVOLUTIONS, Splice, find_splice
 
 aten = torch.ops.aten
+_NAME = "tokred_stack"
 
 
 @dataclass
@@ -103,7 +104,11 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
     images = [n for n in reach.order if n.target in CONVOLUTIONS and n.meta["val"].ndim > 3]
     out: dict[str, Stack] = {}
     for stack in found:
-        entry = stack.blocks[0].input
+        entry, first = stack.blocks[0].input, stack.blocks[0].attention.node
+        if _NAME in first.meta:  # before an edit, which may hide what it is known by
+            stack.name = first.meta[_NAME]
+            out[stack.name] = stack
+            continue
         spliced = splice is not None and reach.above(splice.node, entry)
         seen = splice is not None and reach.above(entry, splice.features)
         if (reach.any_above(entry, images) or seen) and not spliced:
@@ -116,7 +121,7 @@ def _named(found: list[Stack], splice: Splice | None, caches: dict[Block, Cache]
         while name in out:
             count += 1
             name = f"{kind}{count}"
-        stack.name = name
+        stack.name = first.meta[_NAME] = name
         out[name] = stack
     return out
 
