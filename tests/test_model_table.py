@@ -33,6 +33,8 @@ def _report(nodeid: str, outcome: str = "passed") -> Any:
     return SimpleNamespace(nodeid=f"tests/core/test_x.py::{nodeid}", when="call", outcome=outcome)
 
 
+EXPORTED = "test_an_exported_program_under_a_rule_equals_the_run_by_hand_or_is_refused"
+STEPS = "test_generate_under_a_rule_equals_a_run_by_hand"
 DROP, ALL = "test_a_rule_equals_the_run_by_hand_or_is_refused", "test_keeping_everything_under_a_rule_keeps_every_bit"
 
 
@@ -43,16 +45,23 @@ def test_the_tests_that_are_read_are_there() -> None:
 
 def test_a_cell_of_a_rule_is_recorded_shown_and_missed_when_lost() -> None:
     results = model_table.Results()
-    for nodeid in (f"{DROP}[llava-fastv]", f"{ALL}[llava-fastv]", f"{DROP}[gemma3-hiprune]", f"{DROP}[llava-random]"):
+    for nodeid in (
+        f"{DROP}[llava-fastv]",
+        f"{ALL}[llava-fastv]",
+        f"{DROP}[llava_next-hiprune]",
+        f"{DROP}[llava-random]",
+    ):
         results.pytest_runtest_logreport(_report(nodeid))
     results.pytest_runtest_logreport(_report(f"{ALL}[llava-random]", "failed"))
+    results.pytest_runtest_logreport(_report(f"{EXPORTED}[llava-random]"))
+    results.pytest_runtest_logreport(_report(f"{STEPS}[llava-fastv]"))
     results.pytest_runtest_logreport(_report("test_another[gpt2-fastv-no image tokens]"))
     cells = results.cells
     assert cells["llava"]["rule, fastv"] == cells["llava"]["rule keeps all, fastv"] == "exact"
     text = model_table.page(cells, "versions").partition("## Rules")[2]
-    assert "| family | fastv | hiprune | random |" in text
-    assert "| llava | exact |  | exact; keep all: failed |" in text
-    assert "| gemma3 |  | refused: scores of one sequence cannot be used for another |  |" in text
+    assert "| family | fastv | exported | generate | hiprune | exported | generate | random | exported |" in text
+    assert "| llava | exact |  | equal |  |  |  | exact; keep all: failed | exact |  |" in text
+    assert "| llava_next |  |  |  | refused: takes the token axis apart |  |  |  |  |  |" in text
     later = {**cells, "llava": {**cells["llava"], "rule, fastv": "failed"}}
     assert model_table.lost(cells, later) == ["llava: rule, fastv was exact, is failed"]
 

@@ -12,7 +12,8 @@ from tokcompile.edit import Editor
 from tokcompile.shapes import repaired_args
 
 if TYPE_CHECKING:
-    from tokcompile.tokenmap import TokenMap, Transport
+    from tokcompile.tokenmap import TokenMap
+    from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 _COUNTERS = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default}

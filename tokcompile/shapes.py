@@ -16,7 +16,8 @@ from tokcompile.errors import EditError
 from tokcompile.program import place
 
 if TYPE_CHECKING:
-    from tokcompile.tokenmap import TokenMap, Transport
+    from tokcompile.tokenmap import TokenMap
+    from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 _SHAPE_AT = {

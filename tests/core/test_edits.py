@@ -21,11 +21,11 @@ from tokcompile.dump import as_text
 from tokcompile.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.pipeline import apply_rules
-from tokcompile.positional import make_map
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
 from tokcompile.sites import find_sites
-from tokcompile.tokenmap import Transport
+from tokcompile.tokenmap import make_map
+from tokcompile.transport import Transport
 from tokcompile.verify import verify
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def cut(function: Callable[..., Any], x: Tensor, kept: list[list[int]], *more: T
     rows, axis, _ = program.axes.of(value)
     try:
         with editor.after([value, mask]):
-            token_map = make_map(transport, mask, axis, rows, x.shape[1], len(kept[0]), "keep")
+            token_map = make_map(transport.editor, mask, axis, rows, x.shape[1], len(kept[0]), "keep")
         transport.apply(value, token_map)
         program.graph.eliminate_dead_code()
         program.changed()
@@ -341,7 +341,7 @@ def test_the_cut_of_a_value_without_the_axis_is_refused() -> None:
     transport = Transport(editor, find_sites(program))
     rows, axis, _ = program.axes.of(value)
     with editor.after([value, mask]):
-        token_map = make_map(transport, mask, axis, rows, TOKENS, 4, "keep")
+        token_map = make_map(transport.editor, mask, axis, rows, TOKENS, 4, "keep")
     with pytest.raises(EditError, match="does not hold the token axis once"):
         transport.apply(total, token_map)
 
@@ -357,7 +357,7 @@ def test_a_row_that_keeps_another_number_of_tokens_fails_when_run() -> None:
         transport = Transport(editor, find_sites(program))
         rows, axis, _ = program.axes.of(value)
         with editor.after([value, mask]):
-            token_map = make_map(transport, mask, axis, rows, TOKENS, 4, "keep")
+            token_map = make_map(transport.editor, mask, axis, rows, TOKENS, 4, "keep")
         transport.apply(value, token_map)
         program.gm.recompile()
         return program.gm(X, keep)

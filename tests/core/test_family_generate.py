@@ -59,13 +59,15 @@ def _longer(it: families.Subject, inputs: dict[str, Any], token: Tensor) -> dict
     return out
 
 
-def by_hand(it: families.Subject, kept: byhand.Kept, steps: int = STEPS, block: int = 1) -> Tensor:
+def by_hand(
+    it: families.Subject, kept: byhand.Kept, steps: int = STEPS, block: int = 1, compact: bool = False
+) -> Tensor:
     """Logits of each step, [B, steps, V], of runs over all tokens so far."""
     inputs, kept, logits = dict(it.inputs), [list(row) for row in kept], []
     length = inputs["input_ids"].shape[1]
     for step in range(steps):
         given = _positioned(it, inputs)
-        (states,) = families.hand_run(it, "decoder", kept, block, inputs=given, length=length + step)
+        (states,) = families.hand_run(it, "decoder", kept, block, inputs=given, length=length + step, compact=compact)
         logits.append(states[:, -1])
         inputs = _longer(it, inputs, logits[-1].argmax(-1, keepdim=True))
         kept = [[*row, length + step] for row in kept]

@@ -19,9 +19,12 @@ import pytest
 import torch
 import towers
 import unloaded
-from harness import Pruned, prune, refusal
+from core.test_family_generate import LENGTH
+from core.test_family_generate import by_hand as steps_by_hand
+from harness import Pruned, greedy, prune, refusal
 from torch import Tensor, nn
 
+import tokcompile
 from tokcompile import TokredError
 from tokcompile.models import catalogue
 from tokcompile.pipeline import facts
@@ -69,6 +72,11 @@ def subject(name: str, images: int = 1) -> families.Subject:
     if why := unloaded.missing(ALL[name].needs):
         pytest.skip(why)
     return families.subject(ALL[name], images=images)
+
+
+@cache
+def exported(name: str) -> torch.export.ExportedProgram:
+    return families.exported(subject(name))
 
 
 def options(name: str, rule: str) -> dict[str, Any]:
@@ -133,11 +141,16 @@ def chosen(it: families.Subject, rule: str, layer: int = 2) -> list[byhand.Kept]
     return [features, [naive.stay(row, ordinals[b]) for b, row in enumerate(image(it).tolist())]]
 
 
+def cut(options: dict[str, Any]) -> dict[str, Any]:
+    """Where the text is cut under options, and whether its positions are numbered anew."""
+    if options["rule"] == "fastv":
+        return {"block": options.get("layer", 2), "compact": False}
+    return {"block": 0, "compact": options.get("positions") != "keep"}
+
+
 def by_hand(it: families.Subject, kept: list[byhand.Kept], options: dict[str, Any]) -> list[Tensor]:
     """The model on the tokens kept."""
-    compact = options["rule"] != "fastv" and options.get("positions") != "keep"
-    block = options.get("layer", 2) if options["rule"] == "fastv" else 0
-    return families.hand_run(it, "decoder", kept[-1], block, compact=compact)
+    return families.hand_run(it, "decoder", kept[-1], **cut(options))
 
 
 # The cells.
@@ -161,6 +174,33 @@ def test_keeping_everything_under_a_rule_keeps_every_bit(name: str, rule: str) -
     with torch.no_grad():
         expected = families.outputs(it.model(**it.inputs))
     assert families.compared(run(it, **{**options(name, rule), "keep": 1.0})[0], expected) == 0
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells())
+def test_an_exported_program_under_a_rule_equals_the_run_by_hand_or_is_refused(name: str, rule: str) -> None:
+    it, given = subject(name), options(name, rule)
+    if (name, rule) in REFUSED:
+        with pytest.raises(TokredError, match=REFUSED[name, rule]) as caught:
+            tokcompile.rewrite(exported(name), **given)
+        assert caught.value.where
+        return
+    got = families.ran(tokcompile.rewrite(exported(name), **given), it)
+    assert families.compared(got, by_hand(it, chosen(it, rule), given)) == 0
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells(exact=True))
+def test_generate_under_a_rule_equals_a_run_by_hand(name: str, rule: str) -> None:
+    length, given = LENGTH.get(name, 17), options(name, rule)
+    it = families.subject(ALL[name], length=length)
+    expected = steps_by_hand(it, chosen(it, rule)[-1], **cut(given))
+    prompt = it.family.example(it.model, batch=2, padded=True, length=length)
+    torch._dynamo.reset()
+    tokcompile.compile(it.model, target="eager", **given)
+    try:
+        got = torch.stack(it.model.generate(**prompt, **greedy(expected.shape[1])).logits, 1)
+    finally:
+        tokcompile.restore(it.model)
+    assert families.compared([got], [expected]) <= 1e-4
 
 
 def _refused(it: families.Subject | Called, why: str, **given: Any) -> TokredError:

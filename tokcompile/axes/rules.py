@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile.axes.atoms import divide, fresh, product, resolve, same, size_of
+from tokcompile.axes.atoms import divide, fresh, product, resolve, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
+from tokcompile.axes.sorts import numbered, ordered, written
 from tokcompile.axes.views import (
     cat,
     expand,
@@ -29,6 +30,7 @@ from tokcompile.axes.views import (
     unsqueeze,
     view,
 )
+from tokcompile.axes.windows import windows
 
 aten = torch.ops.aten
 
@@ -126,62 +128,6 @@ def chosen(ctx: Context, node: Node) -> list[Dims]:
     return out
 
 
-def ordered(ctx: Context, node: Node) -> list[Dims]:
-    """sort: values and old indices in a new order, which is an axis of its own."""
-    dims = list(ctx.of(node.args[0]))
-    named = "stable" in node.target._overloadname
-    where = wrap(arg(node, 2 if named else 1, "dim", -1), len(dims))
-    made = fresh(product(resolve(dims[where])))
-    out = [*dims[:where], made, *dims[where + 1 :]]
-    return [out, list(out)]
-
-
-def numbered(ctx: Context, node: Node) -> Dims:
-    """argsort: the numbers of elements in a new order, which is an axis of its own.
-
-    Of the numbers by which another sequence was put in order they lead back to that sequence.
-    """
-    dims = list(ctx.of(node.args[0]))
-    named = "stable" in node.target._overloadname
-    where = wrap(node.kwargs.get("dim", -1) if named else arg(node, 1, "dim", -1), len(dims))
-    made = fresh(product(resolve(dims[where])))
-    for value in _put_in_order(node.args[0]):
-        if value in ctx.dims:  # not further down
-            ctx.unify(node, made, ctx.of(value)[0])
-    return [*dims[:where], made, *dims[where + 1 :]]
-
-
-def _put_in_order(numbers: Node) -> list[Node]:
-    """The values of as many elements as there are numbers [n] that are put in the order of these."""
-    if numbers.meta["val"].ndim != 1:
-        return []
-    length = size_of(numbers.meta["val"].shape[0])
-    users = [u for u in numbers.users if u.target is aten.index.Tensor and list(u.args[1]) == [numbers]]
-    return [u.args[0] for u in users if same(size_of(u.args[0].meta["val"].shape[0]), length)]
-
-
-def written(ctx: Context, node: Node) -> Dims:
-    """index_put: the dimensions of the target; one that undoes a sort goes back to the order before it."""
-    undone = unsorted(node)
-    return list(ctx.of(undone.args[0])) if undone is not None else list(ctx.of(node.args[0]))
-
-
-def unsorted(node: Node) -> Node | None:
-    """The sort that an index_put inverts: it writes 0, 1, 2... to the places that the sort names."""
-    if node.target not in (aten.index_put_.default, aten.index_put.default) or len(node.args[1]) != 1:
-        return None
-    places, values = node.args[1][0], node.args[2]
-    if places is None or places.target is not operator.getitem or places.args[1] != 1:
-        return None
-    sort = places.args[0]
-    counts = values.target in (aten.arange.default, aten.arange.start) and values.meta["val"].ndim == 1
-    return sort if _rule_is(sort, ordered) and counts and len(sort.meta["val"][0].shape) == 1 else None
-
-
-def _rule_is(node: Node, rule: Callable[..., Any]) -> bool:
-    return RULES.get(node.target) is rule
-
-
 def like_index(ctx: Context, node: Node) -> Dims:
     """gather: the result has the dimensions of the index."""
     return list(ctx.of(node.args[2]))
@@ -225,39 +171,6 @@ def masked_scatter(ctx: Context, node: Node) -> Dims:
         if share is not None and resolve(dims[0]):
             ctx.unify(node, inserted[0], (*resolve(dims[0]), *fresh(share)))
     return dims
-
-
-def windows(ctx: Context, node: Node) -> Dims:
-    """avg_pool2d and im2col: windows side by side that cover rows and columns, each a value of its own."""
-    dims, sizes = list(ctx.of(node.args[0])), shape(node)
-    folds = node.target is aten.im2col.default
-    kernel = _pair(node.args[1])
-    steps = _pair(arg(node, 4 if folds else 2, "stride") or kernel)
-    plain = steps == kernel and not any(_pair(arg(node, 3, "padding") or 0))
-    plain = plain and not (folds and _pair(arg(node, 2, "dilation")) != [1, 1])
-    whole = [divide(product(resolve(dim)), side) for dim, side in zip(dims[-2:], kernel, strict=True)]
-    if not plain or None in whole:
-        return [*dims[:-2], *fresh_dims(sizes[len(dims) - 2 :])] if not folds else fresh_dims(sizes)
-    inner = []
-    for dim, count, side in zip(dims[-2:], whole, kernel, strict=True):
-        parts = [fresh(count), fresh(side)]
-        ctx.unify(node, dim, (*parts[0], *parts[1]))
-        inner.append(parts)
-    (rows, height), (columns, width) = inner
-    if not folds:
-        return [*dims[:-2], resolve(rows), resolve(columns)]
-    channels = (*resolve(dims[-3]), *resolve(height), *resolve(width))
-    return [*dims[:-3], channels, (*resolve(rows), *resolve(columns))]
-
-
-def _pair(sides: Any) -> list[int]:
-    sides = [sides] if isinstance(sides, int) else list(sides)
-    return sides * 2 if len(sides) == 1 else sides
-
-
-def fresh_dims(sizes: Sequence[Any]) -> Dims:
-    """New dimensions of some sizes."""
-    return [fresh(size) for size in sizes]
 
 
 def gather_tokens(ctx: Context, node: Node) -> Dims:

@@ -6,17 +6,18 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
+from tokcompile.counts import images_per_row
 from tokcompile.edit import length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection, oldest
 from tokcompile.passes.fold import folded_map
 from tokcompile.passes.select import is_text_axis, patch_axis
-from tokcompile.positional import images_per_row, make_map
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, find_fold, sequence
 from tokcompile.steps import Drop
-from tokcompile.tokenmap import TokenMap, Transport
+from tokcompile.tokenmap import TokenMap, make_map
+from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -51,7 +52,7 @@ def drop(ctx: Context, step: Drop) -> None:
         _check_positions(ctx, place)
     transport = Transport(ctx.editor, ctx.sites)
     with ctx.editor.after([node, selection.mask]):
-        token_map = _map(ctx, transport, step, place, selection, at)
+        token_map = _map(ctx, step, place, selection, at)
     transport.apply(node, token_map)
     ctx.refresh()
 
@@ -94,7 +95,7 @@ def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection
     own = resolve(selection.axis) == resolve(axis)
     fold = None if own or is_text_axis(ctx, axis) else find_fold(ctx.program, ctx.sites, patch_axis(ctx, axis))
     if fold is not None and fold.features == resolve(selection.axis):
-        return folded_map(ctx, transport, selection, at, fold, step.positions)
+        return folded_map(ctx, selection, at, fold, step.positions)
     if not own:
         _check_whole(ctx, selection, axis, place)
     keep = selection.mask if own else ctx.align(selection.mask, selection.axis, axis, fill=1.0)
@@ -107,7 +108,7 @@ def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection
         gone = editor.arithmetic(lambda n: n * images, gone)
     old = selection.size if at.packed else editor.size(node, at.dim)
     new = editor.arithmetic(sub, old, gone)
-    return make_map(transport, keep, axis, at.rows, old, new, step.positions)
+    return make_map(ctx.editor, keep, axis, at.rows, old, new, step.positions)
 
 
 def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) -> None:

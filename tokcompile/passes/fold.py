@@ -10,10 +10,9 @@ from torch.fx import Node
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.edit import Editor, add, length_value, sub
 from tokcompile.passes.context import Context, Selection
-from tokcompile.positional import make_map
 from tokcompile.shapes import contains
 from tokcompile.sites.features import Fold, Sequence, Shuffle
-from tokcompile.tokenmap import TokenMap, Transport
+from tokcompile.tokenmap import TokenMap, make_map
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -50,15 +49,13 @@ def of_patches(editor: Editor, values: Node, fold: Fold) -> Node:
     return editor.call(aten.reshape.default, wide, [-1, product(fold.patches)])
 
 
-def folded_map(
-    ctx: Context, transport: Transport, selection: Selection, at: Sequence, fold: Fold, positions: str
-) -> TokenMap:
+def folded_map(ctx: Context, selection: Selection, at: Sequence, fold: Fold, positions: str) -> TokenMap:
     """The map of a sequence of patches of which those of the chosen features stay, feature by feature.
 
     Args:
         at: the sequence at the place of the drop; class tokens among it stay.
     """
-    features = make_map(transport, selection.mask, fold.features, at.rows, selection.size, selection.count, positions)
+    features = make_map(ctx.editor, selection.mask, fold.features, at.rows, selection.size, selection.count, positions)
     if fold.shuffle is not None:
         return _shuffled(ctx, features, fold.shuffle)
     if contains(at.axis, fold.features):  # the patches of a feature stand side by side

@@ -8,12 +8,12 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
+from tokcompile.counts import count, images_per_row
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.passes.fold import scores_of_features
 from tokcompile.passes.width import grid_width
-from tokcompile.positional import count, images_per_row
 from tokcompile.sites.features import features, find_fold, sequence
 from tokcompile.sites.features import images_per_row as packed_images
 from tokcompile.sites.grid import patch_grid
