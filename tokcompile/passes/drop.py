@@ -90,7 +90,7 @@ def _several_coordinates(ctx: Context, positions: Node, stream: Node) -> bool:
     return any(dim and oldest(dim) not in (rows, tokens) for dim in ctx.program.axes.of(positions))
 
 
-def _map(ctx: Context, transport: Transport, step: Drop, place: Place, selection: Selection, at: Sequence) -> TokenMap:
+def _map(ctx: Context, step: Drop, place: Place, selection: Selection, at: Sequence) -> TokenMap:
     editor, node, axis = ctx.editor, place.node, at.axis
     own = resolve(selection.axis) == resolve(axis)
     fold = None if own or is_text_axis(ctx, axis) else find_fold(ctx.program, ctx.sites, patch_axis(ctx, axis))
