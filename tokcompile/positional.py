@@ -10,9 +10,11 @@ from torch.fx import Node
 
 from tokcompile.axes import resolve
 from tokcompile.axes.context import arg, wrap
+from tokcompile.axes.products import conv
 from tokcompile.axes.rules import RULES as AXIS_RULES
 from tokcompile.axes.rules import ordered, source
 from tokcompile.axes.sorts import unsorted
+from tokcompile.axes.windows import windows
 from tokcompile.counts import images_per_row
 from tokcompile.edit import sub
 from tokcompile.errors import EditError
@@ -61,6 +63,7 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     if token_map.shuffle is not None and node is token_map.shuffle.back:
         return _in_order_again(transport, node, token_map)
     _refuse_indices(transport, node, token_map)
+    _refuse_neighbours(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
     if (
         node.target is aten.masked_scatter.default
@@ -99,6 +102,23 @@ def _in_order_again(transport: Transport, node: Node, token_map: TokenMap) -> To
     editor.set_args(node, [node.args[0], [editor.call(aten.argsort.default, token_map.numbers)]])
     node.meta["val"] = editor.evaluate(node)
     return token_map.folded
+
+
+def _refuse_neighbours(transport: Transport, node: Node, token_map: TokenMap) -> None:
+    """Convolutions and pools over tokens: what is left would have other neighbours."""
+    rule = AXIS_RULES.get(node.target)
+    if rule not in (conv, windows):
+        return
+    size = len(transport.of(node.args[1])) - 2 if rule is conv else 2
+    spots = transport.where(node.args[0], token_map.axis)
+    mixed = any(spot >= len(transport.of(node.args[0])) - size for spot in spots)
+    if mixed and not (rule is windows and transport.where(node, token_map.axis)):
+        raise EditError(
+            "the model mixes neighbouring tokens after the place of the edit",
+            where=[place(node)],
+            found=f"'{node.target}' over {tuple(node.args[0].meta['val'].shape)}",
+            remedy="drop tokens further down, where no neighbours are mixed",
+        )
 
 
 def _refuse_order(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> None:

@@ -298,6 +298,10 @@ def test_a_sequence_of_one_row_without_a_batch_atom() -> None:
 
 
 REFUSED = {
+    "convolution-over-tokens": lambda x, w, i: F.conv1d(x.mT, w[:, :, None].expand(-1, -1, 3), padding=1).mT,
+    "convolution-over-a-grid": lambda x, w, i: F.conv2d(x[:, None], torch.ones(1, 1, 1, 3), padding=(0, 1))[:, 0],
+    "pool-over-tokens": lambda x, w, i: F.avg_pool2d(x[:, None], (3, 1), (1, 1), (1, 0))[:, 0],
+    "ranks": lambda x, w, i: x[:, :, 0].argsort(1),
     "index": lambda x, w, i: x[:, i],
     "index-by-rows": lambda x, w, i: x[torch.arange(2), i],
     "gather": lambda x, w, i: x.gather(1, i[:, None, None].expand(2, 1, WIDE)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,23 @@ import towers
 from core.test_family_generate import by_hand
 from core.test_family_rules import options
 from core.test_image_sizes import image_after_video, subject
+from graphs import traced
 from harness import Recording, difference, greedy, prune, refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tokcompile
 from tokcompile import imagesizes
+from tokcompile.axes import Atom
 from tokcompile.capture import capture
+from tokcompile.edit import Editor
 from tokcompile.models import catalogue
+from tokcompile.passes.fold import of_patches, scores_of_features
 from tokcompile.pipeline import apply_rules
 from tokcompile.recording import replay
 from tokcompile.rulefile import parse_rules
 from tokcompile.sites import find_sites
+from tokcompile.sites.features import Fold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,6 +39,31 @@ def some(usual: str, *others: str) -> pytest.MarkDecorator:
     """Families of which `make test` runs the first alone."""
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in others]
     return pytest.mark.parametrize("name", [usual, *slow])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
+def test_scores_and_choices_go_to_features_and_back(sizes: list[int], data: st.DataObject) -> None:
+    """Against a list of each feature's patches, for any factors of which the features have the first and some more."""
+    more = data.draw(st.lists(st.booleans(), min_size=len(sizes) - 1, max_size=len(sizes) - 1))
+    kept = [True, *more]
+    patches = tuple(Atom(size) for size in sizes)
+    fold = Fold(patches, tuple(atom for atom, yes in zip(patches, kept, strict=True) if yes))
+    ranges = list(itertools.product(*map(range, sizes)))  # in the order of the patches
+    names = [tuple(place for place, yes in zip(each, kept, strict=True) if yes) for each in ranges]
+    members = [[i for i, name in enumerate(names) if name == one] for one in sorted(set(names))]
+    scores, chosen = torch.rand(2, len(ranges)), torch.rand(2, len(members)) > 0.5
+    program = traced(lambda x, m: (x.clone(), m.clone()), scores, chosen)
+    editor = Editor(program, "test", Counter())
+    with editor.before(program.output):
+        inputs = list(program.graph.nodes)[:2]
+        made = scores_of_features(editor, inputs[0], fold), of_patches(editor, inputs[1], fold)
+    program.output.args = (made,)
+    program.gm.recompile()
+    means, spread = program.gm(scores, chosen)
+    assert fold.members == len(members[0])
+    torch.testing.assert_close(means, torch.stack([scores[:, each].mean(1) for each in members], 1))
+    assert all(torch.equal(spread[:, i], chosen[:, f]) for f, each in enumerate(members) for i in each)
 
 
 def tower(folder: Path, block: int = 1) -> str:

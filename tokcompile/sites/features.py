@@ -146,5 +146,6 @@ def find_fold(program: Program, sites: Sites, axis: Dim) -> Fold | None:
     shuffle = find_shuffle(program, axis)
     if shuffle is not None and made.packed:
         return Fold(axis, made.axis, shuffle)
-    inside = all(atom in axis for atom in made.axis)
+    # What comes first in the patches comes first in the features: a column of features is then their patches in turn.
+    inside = axis[:1] == made.axis[:1] and all(atom in axis for atom in made.axis)
     return Fold(axis, made.axis) if inside and all(isinstance(atom.size, int) for atom in axis) else None
