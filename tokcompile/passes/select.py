@@ -115,15 +115,16 @@ def _vision_group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim
     fold = find_fold(ctx.program, ctx.sites, axis)
     if fold is not None:
         node, axis = scores_of_features(ctx.editor, node, fold), fold.features
+    size = _count(axis)
     if step.per == "image":
         _check_packed(ctx, axis)
     if fold is not None:
-        return node, axis, None, _count(axis)
+        return node, axis, None, size
     patches = ctx.patch_mask(node, axis)
     if patches is None:
-        return node, axis, None, _count(axis)
+        return node, axis, None, size
     mask, others = patches
-    return node, axis, mask, _count(axis) - others
+    return node, axis, mask, size - others
 
 
 def _count(axis: Dim) -> int:
