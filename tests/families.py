@@ -62,6 +62,8 @@ steps:
   - drop: {at: "STACK", keep: kept, positions: keep}
 """,
 }
+PLACEHOLDERS = ("image_token_id", "video_token_id")
+"""Where configurations say which tokens of a text stand for features."""
 
 
 @dataclass
@@ -79,18 +81,17 @@ class Subject:
     sites: Sites
 
 
-def subject(family: Family, **example: Any) -> Subject:
-    """Build, call once, capture; `example` has further arguments of the family's example inputs."""
+def subject(family: Family, given: dict[str, Any] | None = None, **example: Any) -> Subject:
+    """Build, call once, capture; `example` has further arguments of the family's example inputs, `given` others."""
     model = family.build()
-    inputs = family.example(model, batch=2, padded=True, **example)
+    inputs = given or family.example(model, batch=2, padded=True, **example)
     if family.kind in ("decoder", "vlm", "encoder-decoder"):
-        inputs["use_cache"] = False
+        inputs = {**inputs, "use_cache": False}
     imagesizes.install(model)
     inputs = tokcompile.precompute(model, inputs)
     with torch.no_grad():
         model(**inputs)
-    programs = capture(model, inputs)
-    program = max(programs, key=lambda p: len(p.graph.nodes))
+    (program,) = capture(model, inputs)
     return Subject(family, model, inputs, program, find_sites(program))
 
 
@@ -110,18 +111,22 @@ def rule(folder: Path, kind: str, stack: str) -> str:
 
 
 def blocks_of(model: nn.Module, sites: Sites, stack: str) -> nn.ModuleList | nn.Sequential:
-    """The modules of a stack's blocks, by the display path of its first block."""
-    path = "." + re.sub(r"\[(\d+)\]", r".\1", sites.stacks[stack].blocks[0].path)
+    """The modules of a stack's blocks, by the display paths of the blocks: those that run, where a model skips some."""
+    paths = ["." + re.sub(r"\[(\d+)\]", r".\1", block.path) for block in sites.stacks[stack].blocks]
+    path = paths[0]
     lists = {"." + name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
     found = None
     while path:
         path = path.rpartition(".")[0]
         # A piece of a model names its modules from the piece on; a block may hold lists of its own, so the outermost.
         fitting = [m for name, m in lists.items() if path and name.endswith(path)]
-        found = next((m for m in fitting if len(m) == len(sites.stacks[stack].blocks)), found)
+        found = next((m for m in fitting if len(m) == len(paths)), found)
     if found is not None:
         return found
-    raise LookupError(f"no list of blocks above {path}")
+    above, _, _ = paths[0].rpartition(".")
+    if above in lists and all(re.fullmatch(rf"{re.escape(above)}\.\d+", path) for path in paths):
+        return nn.ModuleList(lists[above][int(path.rpartition(".")[2])] for path in paths)
+    raise LookupError(f"no list of blocks above {paths[0]}")
 
 
 def kept_by_luck(valid: Tensor, group: Tensor, keep: int, ends: bool) -> byhand.Kept:
@@ -146,6 +151,28 @@ def dropped(
     torch._dynamo.reset()
     pruned = prune(subject.model, **options_for(subject, stack, folder, block, keep))
     return outputs(pruned(**subject.inputs)), pruned.kept
+
+
+def check_drop(subject: Subject, folder: Path, block: int = 1) -> byhand.Kept:
+    """Keeping all keeps every bit, a drop equals a run by hand and is of the tokens that luck says; those kept."""
+    with torch.no_grad():
+        expected = outputs(subject.model(**subject.inputs))
+    torch._dynamo.reset()
+    everything = prune(subject.model, rule=rule(folder, "group", "decoder"), keep=1.0, among=among(subject, "decoder"))
+    assert compared(outputs(everything(**subject.inputs)), expected) == 0
+    got, (kept,) = dropped(subject, "decoder", folder, block=block, keep=7)
+    assert compared(got, hand_run(subject, "decoder", kept, block=block)) == 0
+    assert kept == lucky(subject, 7)
+    return kept
+
+
+def lucky(subject: Subject, keep: int) -> byhand.Kept:
+    """The tokens of text that a drop in a decoder is to keep, by what rows have of padding, images and videos."""
+    valid = subject.inputs["attention_mask"].bool()
+    config, ids = subject.model.config, subject.inputs["input_ids"]
+    images = among(subject, "decoder") == "image"
+    seen = torch.isin(ids, torch.tensor([getattr(config, n) for n in PLACEHOLDERS if hasattr(config, n)]))
+    return kept_by_luck(valid, seen if images else torch.ones_like(valid), keep, ends=not images)
 
 
 def exported(subject: Subject) -> torch.export.ExportedProgram:

@@ -21,14 +21,15 @@ TESTS = {
     "test_a_drop_equals_the_run_by_hand_or_is_refused": "drop",
     "test_dropping_features_is_dropping_their_tokens_or_is_refused": "drop, features",
     "test_an_exported_program_keeps_its_bits_and_drops_or_is_refused": "export",
+    "test_a_drop_from_other_inputs_equals_the_run_by_hand_or_is_refused": "",
     "test_generate_after_a_drop_equals_a_run_by_hand": "generate",
     "test_a_rule_equals_the_run_by_hand_or_is_refused": "rule",
     "test_keeping_everything_under_a_rule_keeps_every_bit": "rule keeps all",
     "test_an_exported_program_under_a_rule_equals_the_run_by_hand_or_is_refused": "rule exported",
     "test_generate_under_a_rule_equals_a_run_by_hand": "rule generates",
 }
-"""What a test says, by its name; the second part of its id, a stack or a rule, follows after a comma."""
-FILES = ("test_families.py", "test_family_generate.py", "test_family_rules.py")
+"""What a test says, by its name; the second part of its id, a stack, rule or kind of inputs, follows after a comma."""
+FILES = ("test_families.py", "test_family_inputs.py", "test_family_generate.py", "test_family_rules.py")
 HELD = ("exact", "equal")
 HOW = ("drop", "export")
 
@@ -41,17 +42,17 @@ class Results:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a test of a family, by the names in its id."""
-        found = re.search(r"::(\w+)\[([\w]+)(?:-(\w+))?\]$", report.nodeid)
+        found = re.search(r"::(\w+)\[([\w]+)(?:-([\w ]+))?\]$", report.nodeid)
         if found is None or found[1] not in TESTS or (report.when != "call" and report.outcome == "passed"):
             return
         family, part = found[2], found[3]
-        column = TESTS[found[1]] if part is None else f"{TESTS[found[1]]}, {part}"
+        column = ", ".join(filter(None, (TESTS[found[1]], part)))
         self.cells.setdefault(family, {})[column] = _outcome(report, family, part)
 
 
 def _outcome(report: pytest.TestReport, family: str, part: str | None) -> str:
     """What a test of a family and one of its stacks, or a rule, found."""
-    from core import test_families, test_family_generate, test_family_rules
+    from core import test_families, test_family_generate, test_family_inputs, test_family_rules
 
     if report.outcome != "passed":
         return report.outcome
@@ -61,7 +62,7 @@ def _outcome(report: pytest.TestReport, family: str, part: str | None) -> str:
         return _said("equal", test_family_generate.NOT_GENERATED.get(family))
     if "test_generate_under" in report.nodeid:
         return "equal"
-    why = (test_families.REFUSED | test_family_rules.REFUSED).get((family, part or ""))
+    why = (test_families.REFUSED | test_family_inputs.REFUSED | test_family_rules.REFUSED).get((family, part or ""))
     return _said("exact", why)
 
 
@@ -73,9 +74,10 @@ def _said(held: str, why: str | None) -> str:
 def page(cells: dict[str, dict[str, str]], versions: str) -> str:
     """The coverage table as Markdown."""
     from core.test_families import EXPORT_DIFFERS
+    from core.test_family_inputs import KINDS
 
     columns = ["sites", "keep all", *(f"{how}, {s}" for s in ("decoder", "encoder", "vision") for how in HOW)]
-    columns += ["drop, features", "generate"]
+    columns += ["drop, features", *KINDS, "generate"]
     lines = [
         "# Models",
         "",
@@ -87,6 +89,8 @@ def page(cells: dict[str, dict[str, str]], versions: str) -> str:
         "  model run by hand on the tokens that stay, under `torch.compile`; *refused* is an error that says why;",
         "- *export*: the same of the program of `tokcompile.export`, and that keeping every token keeps its bits;",
         "- *drop, features*: random features of each image dropped before they are put among the text;",
+        "- *two images*, *text*, *video*: *keep all* and *drop* of a decoder whose text has two images or a video in",
+        "  each row, or neither;",
         "- *generate*: four tokens from a prompt so pruned; *equal* is within 1e-4 of runs by hand that have no cache.",
         "",
         "| family | " + " | ".join(columns) + " |",

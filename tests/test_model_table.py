@@ -34,6 +34,7 @@ def _report(nodeid: str, outcome: str = "passed") -> Any:
 
 
 EXPORTED = "test_an_exported_program_under_a_rule_equals_the_run_by_hand_or_is_refused"
+INPUTS = "test_a_drop_from_other_inputs_equals_the_run_by_hand_or_is_refused"
 STEPS = "test_generate_under_a_rule_equals_a_run_by_hand"
 DROP, ALL = "test_a_rule_equals_the_run_by_hand_or_is_refused", "test_keeping_everything_under_a_rule_keeps_every_bit"
 
@@ -64,6 +65,20 @@ def test_a_cell_of_a_rule_is_recorded_shown_and_missed_when_lost() -> None:
     assert "| llava_next |  |  |  | refused: takes the token axis apart |  |  |  |  |  |" in text
     later = {**cells, "llava": {**cells["llava"], "rule, fastv": "failed"}}
     assert model_table.lost(cells, later) == ["llava: rule, fastv was exact, is failed"]
+
+
+def test_a_cell_of_other_inputs_has_a_column_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from core import test_family_inputs
+
+    monkeypatch.setattr(test_family_inputs, "REFUSED", {("llava", "text"): "no \\d"})
+    results = model_table.Results()
+    for kind in ("two images", "text"):
+        results.pytest_runtest_logreport(_report(f"{INPUTS}[llava-{kind}]"))
+    assert results.cells == {"llava": {"two images": "exact", "text": "refused: no d"}}
+    lines = model_table.page(results.cells, "versions").splitlines()
+    head, row = (next(x for x in lines if x.startswith(f"| {name} ")) for name in ("family", "llava"))
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert [cells[kind] for kind in ("two images", "text", "video")] == ["exact", "refused: no d", ""]
 
 
 def test_the_page_is_that_of_the_record() -> None:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import byhand
 import families
 import pytest
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 
 import tokcompile
 from tokcompile import imagesizes
-from tokcompile.capture import capture
 from tokcompile.models import catalogue
-from tokcompile.sites import find_sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -30,13 +27,7 @@ IMAGE, VIDEO = [1, 6, 12], [2, 4, 8]
 
 def subject(name: str, inputs: dict[str, Any] | None = None, **example: Any) -> families.Subject:
     """A family with other inputs than its usual ones."""
-    family = catalogue.family(name)
-    model = family.build()
-    given = inputs or family.example(model, batch=2, padded=True, **example)
-    imagesizes.install(model)
-    inputs = tokcompile.precompute(model, {**given, "use_cache": False})
-    (program,) = capture(model, inputs)
-    return families.Subject(family, model, inputs, program, find_sites(program))
+    return families.subject(catalogue.family(name), inputs, **example)
 
 
 def image_after_video(name: str) -> dict[str, Tensor]:
@@ -68,24 +59,12 @@ def image_after_video(name: str) -> dict[str, Tensor]:
     }
 
 
-def check_drop(it: families.Subject, folder: Path, block: int = 1) -> byhand.Kept:
-    """Keeping all keeps every bit, and a drop equals a run by hand; the tokens kept."""
-    with torch.no_grad():
-        expected = it.model(**it.inputs).logits
-    torch._dynamo.reset()
-    everything = prune(it.model, rule=families.rule(folder, "group", "decoder"), keep=1.0, among="image")
-    assert difference(everything(**it.inputs).logits, expected) == 0
-    got, (kept,) = families.dropped(it, "decoder", folder, block=block, keep=7)
-    assert families.compared(got, families.hand_run(it, "decoder", kept, block=block)) == 0
-    return kept
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKED)
 def test_two_images_of_different_sizes(name: str, tmp_path: Path) -> None:
     it = subject(name, images=2)
     assert len({tuple(grid) for grid in it.inputs["image_grid_thw"].tolist()}) == 2
-    check_drop(it, tmp_path)
+    families.check_drop(it, tmp_path)
 
 
 @SOME
@@ -93,7 +72,7 @@ def test_two_images_of_different_sizes(name: str, tmp_path: Path) -> None:
 def test_an_image_after_a_video(name: str, block: int, tmp_path: Path) -> None:
     """Tokens of both are up for choice, and features added to later layers stay with their tokens."""
     it = subject(name, image_after_video(name))
-    kept = check_drop(it, tmp_path, block)
+    kept = families.check_drop(it, tmp_path, block)
     seen = it.inputs["mm_token_type_ids"] > 0
     assert [sum(seen[row, token].item() for token in tokens) for row, tokens in enumerate(kept)] == [7, 7]
 

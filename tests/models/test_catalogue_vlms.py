@@ -1,4 +1,4 @@
-"""Every vision-language family of the catalogue builds, runs, looks at its images and ignores its padding."""
+"""Every vision-language family of the catalogue builds, runs, looks at its images or videos and ignores its padding."""
 
 from __future__ import annotations
 
@@ -10,17 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokcompile.errors import TokredError
 from tokcompile.models.catalogue import families, family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [name for name, line in families().items() if line.kind == "vlm"]
+FILMED = [name for name in NAMES if family(name).videos]
 SHAPES = {
     "one": {"batch": 1},
     "padded": {"batch": 2, "padded": True},
     "two images": {"batch": 1, "images": 2},
     "two padded rows of two images": {"batch": 2, "padded": True, "images": 2},
 }
+VIDEO_SHAPES = {
+    "one": {"batch": 1, "videos": 1},
+    "padded": {"batch": 2, "padded": True, "videos": 1},
+    "two padded rows of two videos": {"batch": 2, "padded": True, "videos": 2},
+}
 PLACES = 5
+ALL_SEEN_UNPADDED = ("paligemma",)
+"""Where transformers' text is causal under a padding mask, but each token sees all where nothing is padded."""
+
+
+def test_every_family_that_takes_pixels_of_videos_has_videos() -> None:
+    taking = [n for n in NAMES if "pixel_values_videos" in inspect.signature(built(n).forward).parameters]
+    assert taking == FILMED
 
 
 @cache
@@ -47,46 +61,109 @@ def widened(inputs: dict[str, Tensor], places: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_and_sees_its_pixels(name: str, shape: str) -> None:
-    inputs = family(name).example(built(name), **SHAPES[shape])
+def _sees(name: str, inputs: dict[str, Tensor], pixels: str) -> None:
+    """The model takes these inputs, and the last token of each row sees what the pixels are."""
     assert inputs.keys() <= inspect.signature(built(name).forward).parameters.keys()
     assert (inputs["input_ids"][:, -1] >= 5).all(), "the last token is text"
     out, real = logits(name, inputs), inputs["attention_mask"].bool()
     assert out[real].isfinite().all()
-    other = logits(name, {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)})
+    other = logits(name, {**inputs, pixels: inputs[pixels].flip(-1)})
     assert (_apart(out, other) > 1e-3).all(), "the pixels don't reach the last token"
+
+
+def _sees_its_own(name: str, inputs: dict[str, Tensor], pixels: str) -> None:
+    """Of two rows, the first does not see the second's pixels."""
+    # Whatever the form of the pixels is, those of the first row come first.
+    changed = inputs[pixels].flatten().clone()
+    changed[len(changed) // 2 :] *= -1
+    first, second = _apart(logits(name, inputs), logits(name, {**inputs, pixels: changed.view_as(inputs[pixels])}))
+    assert first < 1e-4 and second > 1e-3
+
+
+def _ignores_padding(name: str, inputs: dict[str, Tensor]) -> None:
+    wide = logits(name, widened(inputs, PLACES))[:, PLACES:]
+    torch.testing.assert_close(wide, logits(name, inputs), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_sees_its_pixels(name: str, shape: str) -> None:
+    _sees(name, family(name).example(built(name), **SHAPES[shape]), "pixel_values")
+
+
+@pytest.mark.parametrize("shape", VIDEO_SHAPES)
+@pytest.mark.parametrize("name", FILMED)
+def test_runs_and_sees_its_video(name: str, shape: str) -> None:
+    _sees(name, family(name).example(built(name), images=0, **VIDEO_SHAPES[shape]), "pixel_values_videos")
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_every_frame_is_seen(name: str) -> None:
+    """Of what comes one after another, frames or patches, the first and the last."""
+    inputs = family(name).example(built(name), images=0, videos=1)
+    pixels = inputs["pixel_values_videos"]
+    out = logits(name, inputs)
+    for place in (0, -1):
+        changed = pixels.squeeze(0).clone()
+        changed[place] *= -1
+        assert _apart(out, logits(name, {**inputs, "pixel_values_videos": changed.view_as(pixels)})) > 1e-5
 
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_sees_its_own_images_only(name: str, images: int) -> None:
-    inputs = family(name).example(built(name), batch=2, images=images)
-    # Whatever the form of the pixels is, those of the first row come first.
-    pixels = inputs["pixel_values"].flatten().clone()
-    pixels[len(pixels) // 2 :] *= -1
-    out, other = (
-        logits(name, {**inputs, "pixel_values": p.view_as(inputs["pixel_values"])})
-        for p in (inputs["pixel_values"], pixels)
-    )
-    first, second = _apart(out, other)
-    assert first < 1e-4 and second > 1e-3
+    _sees_its_own(name, family(name).example(built(name), batch=2, images=images), "pixel_values")
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+@pytest.mark.parametrize("name", FILMED)
+def test_a_row_sees_its_own_videos_only(name: str, videos: int) -> None:
+    inputs = family(name).example(built(name), batch=2, images=0, videos=videos)
+    _sees_its_own(name, inputs, "pixel_values_videos")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing(name: str) -> None:
-    inputs = family(name).example(built(name), batch=2, images=2)
-    wide = logits(name, widened(inputs, PLACES))[:, PLACES:]
-    torch.testing.assert_close(wide, logits(name, inputs), atol=1e-3, rtol=0)
+    _ignores_padding(name, family(name).example(built(name), batch=2, images=2))
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_padding_before_a_video_changes_nothing(name: str) -> None:
+    _ignores_padding(name, family(name).example(built(name), batch=2, images=0, videos=2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_only_runs_and_ignores_padding(name: str) -> None:
+    inputs = family(name).example(built(name), batch=2, padded=True, images=0)
+    assert {key: value.shape for key, value in inputs.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask"), (2, 17)
+    )
+    assert logits(name, inputs)[inputs["attention_mask"].bool()].isfinite().all()
+    if name not in ALL_SEEN_UNPADDED:
+        _ignores_padding(name, family(name).example(built(name), batch=2, images=0))
+
+
+def test_videos_that_cannot_be_had_are_an_error_with_a_remedy() -> None:
+    with pytest.raises(TokredError, match="'llava' takes no videos\n.*try: .*qwen3_vl"):
+        family("llava").example(built("llava"), images=0, videos=1)
+    with pytest.raises(TokredError, match="(?s)images or videos, not both.*try: images=0"):
+        family("qwen3_vl").example(built("qwen3_vl"), videos=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_rows_keep_their_image_tokens(name: str) -> None:
-    image = built(name).config.image_token_id
-    plain, padded = (family(name).example(built(name), batch=3, padded=p, images=2) for p in (False, True))
-    counts = (plain["input_ids"] == image).sum(1)
-    assert (counts == (padded["input_ids"] == image).sum(1)).all() and (counts == counts[0]).all()
+    _keeps_its_tokens(name, built(name).config.image_token_id, images=2)
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_padded_rows_keep_their_video_tokens(name: str) -> None:
+    _keeps_its_tokens(name, built(name).config.video_token_id, images=0, videos=2)
+
+
+def _keeps_its_tokens(name: str, token: int, **example: int) -> None:
+    plain, padded = (family(name).example(built(name), batch=3, padded=p, **example) for p in (False, True))
+    counts = (plain["input_ids"] == token).sum(1)
+    assert (counts == (padded["input_ids"] == token).sum(1)).all() and (counts == counts[0]).all() and counts[0]
     assert (padded["attention_mask"] == 0).sum(1).tolist() == [3, 0, 1]
 
 

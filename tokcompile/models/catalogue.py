@@ -26,6 +26,7 @@ from tokcompile.models.dit import DiT
 from tokcompile.models.families import scaled_init
 from tokcompile.models.inputs import images as image_inputs
 from tokcompile.models.inputs import pixels, sequences, text
+from tokcompile.models.inputs import videos as video_inputs
 
 DATA = Path(__file__).parent / "data"
 INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -44,8 +45,28 @@ INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "pooled": image_inputs.pooled,
 }
 """Makers of example inputs, by the name that a family gives as `inputs`."""
+VIDEOS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "frames": video_inputs.frames,
+    "patches": video_inputs.patches,
+    "pooled": video_inputs.pooled,
+}
+"""Makers of example inputs with videos, by the name that a family gives as `inputs` of its `videos`."""
 LOCAL: dict[str, Callable[..., nn.Module]] = {"DiT": DiT}
 """Classes of this package, by the name that a family of `source: local` gives as `auto`."""
+
+
+class Videos(BaseModel):
+    """How a family takes videos.
+
+    Attributes:
+        inputs: which of `VIDEOS` makes its example inputs.
+        options: further arguments of that maker.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: str
+    options: dict[str, Any] = {}
 
 
 class Family(BaseModel):
@@ -59,6 +80,7 @@ class Family(BaseModel):
         inputs: which of `INPUTS` makes its example inputs.
         config: of the configuration; a mapping inside is a configuration inside.
         options: further arguments of the maker of inputs.
+        videos: how it takes videos; none if it does not, or as images alone.
         fill: values of parameters, by a pattern of their names, such as of gates that are closed at the start.
         attributes: values of attributes, for every module that has one of that name.
         needs: the module that it needs beside transformers.
@@ -75,6 +97,7 @@ class Family(BaseModel):
     type: str = ""
     config: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    videos: Videos | None = None
     fill: dict[str, float] = {}
     attributes: dict[str, Any] = {}
     needs: str = ""
@@ -130,6 +153,7 @@ class Family(BaseModel):
         length: int = 17,
         seed: int = 0,
         images: int = 1,
+        videos: int = 0,
     ) -> dict[str, Tensor]:
         """Arguments of the model's forward, the same for the same seed.
 
@@ -139,11 +163,33 @@ class Family(BaseModel):
             padded: rows of a text have different lengths, padded on the left, or an encoder's on the right.
             length: tokens of text.
             seed: of the random tokens and pixels.
-            images: in each row of a text, where there are any.
+            images: in each row of a text, where there are any. With 0, a vision-language model is given text only:
+                input_ids and attention_mask, int64 [batch, length].
+            videos: in each row of a text, rather than images, which must then be 0.
+
+        Raises:
+            TokredError: the family takes no videos, or images are asked for beside them.
         """
+        given = {"batch": batch, "padded": padded, "length": length, "seed": seed}
+        if videos:
+            return self._with_videos(model, images, videos, given)
+        if self.kind == "vlm" and images == 0:
+            return text.text(model, **given)
         maker = INPUTS[self.inputs]
         more = {"images": images} if "images" in inspect.signature(maker).parameters else {}
-        return maker(model, batch=batch, padded=padded, length=length, seed=seed, **more, **self.options)
+        return maker(model, **given, **more, **self.options)
+
+    def _with_videos(self, model: nn.Module, images: int, videos: int, given: dict[str, Any]) -> dict[str, Tensor]:
+        if self.videos is None:
+            taking = ", ".join(sorted(name for name, other in families().items() if other.videos))
+            raise TokredError(f"the family '{self.name}' takes no videos", remedy=f"a family that does: {taking}")
+        if images:
+            raise TokredError(
+                "an example has images or videos, not both",
+                found=f"images={images}, videos={videos}",
+                remedy="images=0",
+            )
+        return VIDEOS[self.videos.inputs](model, **given, videos=videos, **self.videos.options)
 
 
 @cache

@@ -1,16 +1,8 @@
 """Images in a text: token numbers with a run of image tokens for each image, and the pixels in the form a model takes.
 
-In every function `length` counts the tokens of text beside the image tokens, `images` the images of each row, and
-what follows `images` are options that a family gives. Options shared by all, passed on to `_prompt`:
-
-    leading: tokens of text before the first image.
-    between: tokens of text between two runs of image tokens.
-    types: the input that tells image tokens from text, left out if empty.
-    mark: its value at an image token; it is 0 elsewhere.
-
-All return input_ids and attention_mask, int64 [batch, total], and that one, int64 [batch, total]. Images are drawn
-from a normal distribution, in the dtype of the model. Every row has images of the same sizes in the same order, so
-that all rows have as many tokens.
+In every function `images` counts the images of each row, and what follows it are options that a family gives; those
+that `prompt.prompt` takes are passed on to it, as `length` is, and what it returns is returned. Every row has images
+of the same sizes in the same order, so that all rows have as many tokens.
 """
 
 from __future__ import annotations
@@ -23,18 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokcompile.models.inputs import text
-
-AFTER = 4
-"""Tokens of text after the last image; more than `text.pad` shifts, so that no image token falls off the end."""
-
-Pair = tuple[int, int] | list[int]
+from tokcompile.models.inputs.prompt import Pair, noise, prompt, windows
 
 
 def whole(
-    model: nn.Module, batch: int, padded: bool, length: int, seed: int, images: int = 1, *, count: str, **prompt: Any
+    model: nn.Module, batch: int, padded: bool, length: int, seed: int, images: int = 1, *, count: str, **more: Any
 ) -> dict[str, Tensor]:
     """Square images of the tower's size: pixel_values, [batch * images, 3, side, side].
 
@@ -43,8 +29,8 @@ def whole(
     """
     side = model.config.vision_config.image_size
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
-    inputs = _prompt(model, batch, padded, length, seed, [attrgetter(count)(model.config)] * images, **prompt)
-    return {**inputs, "pixel_values": _noise(model, seed, batch * images, 3, height, width)}
+    inputs = prompt(model, batch, padded, length, seed, [attrgetter(count)(model.config)] * images, **more)
+    return {**inputs, "pixel_values": noise(model, seed, batch * images, 3, height, width)}
 
 
 def crops(
@@ -57,7 +43,7 @@ def crops(
     *,
     sizes: list[Pair],
     counts: str = "",
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images of any resolution as crops, the first of which is the whole image.
 
@@ -80,8 +66,8 @@ def crops(
     zeros = [torch.zeros(n, (side // config.vision_config.patch_size) ** 2, 2) for n in parts]
     _, runs = pack(zeros, torch.tensor(row), image_newline=torch.zeros(2), **given)
 
-    inputs = _prompt(model, batch, padded, length, seed, runs.tolist(), **prompt)
-    pixels = _noise(model, seed, batch, images, max(parts), 3, side, side)
+    inputs = prompt(model, batch, padded, length, seed, runs.tolist(), **more)
+    pixels = noise(model, seed, batch, images, max(parts), 3, side, side)
     for index, n in enumerate(parts):
         pixels[:, index, n:] = 0
     inputs |= {"pixel_values": pixels.flatten(0, 1), "image_sizes": torch.tensor(row * batch)}
@@ -97,7 +83,7 @@ def sized(
     images: int = 1,
     *,
     sizes: list[Pair],
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images of their own sizes: pixel_values [batch * images, 3, most height, most width] and image_sizes.
 
@@ -108,8 +94,8 @@ def sized(
     """
     row = [sizes[index % len(sizes)] for index in range(images)]
     unit = model.config.vision_config.patch_size * model.config.spatial_merge_size
-    inputs = _prompt(model, batch, padded, length, seed, [h // unit * (w // unit) for h, w in row], **prompt)
-    pixels = _noise(model, seed, batch, images, 3, max(h for h, _ in row), max(w for _, w in row))
+    inputs = prompt(model, batch, padded, length, seed, [h // unit * (w // unit) for h, w in row], **more)
+    pixels = noise(model, seed, batch, images, 3, max(h for h, _ in row), max(w for _, w in row))
     for index, (height, width) in enumerate(row):
         pixels[:, index, :, height:] = 0
         pixels[:, index, :, :, width:] = 0
@@ -126,7 +112,7 @@ def patches(
     *,
     grids: list[list[int]],
     positions: bool = False,
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images as one sequence of patches: pixel_values [all patches, values of a patch] and image_grid_thw.
 
@@ -139,9 +125,9 @@ def patches(
     vision = model.config.vision_config
     row = [grids[index % len(grids)] for index in range(images)]
     sizes = [math.prod(grid) for grid in row]
-    inputs = _prompt(model, batch, padded, length, seed, [n // vision.spatial_merge_size**2 for n in sizes], **prompt)
+    inputs = prompt(model, batch, padded, length, seed, [n // vision.spatial_merge_size**2 for n in sizes], **more)
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    inputs["pixel_values"] = _noise(model, seed, batch * sum(sizes), values)
+    inputs["pixel_values"] = noise(model, seed, batch * sum(sizes), values)
     inputs["image_grid_thw"] = torch.tensor(row * batch)
     if positions:
         rope = model.model.get_rope_index
@@ -160,7 +146,7 @@ def tiles(
     *,
     tiles: int = 1,
     cut: int = 0,
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images as tiles: pixel_values [batch, images * tiles, 3, side, side] and pixel_attention_mask, without the 3.
 
@@ -173,8 +159,8 @@ def tiles(
     vision = model.config.vision_config
     side, many = vision.image_size, images * tiles
     run = (side // vision.patch_size) ** 2 // model.config.scale_factor**2
-    inputs = _prompt(model, batch, padded, length, seed, [run] * many, **prompt)
-    pixels = _noise(model, seed, batch, many, 3, side, side)
+    inputs = prompt(model, batch, padded, length, seed, [run] * many, **more)
+    pixels = noise(model, seed, batch, many, 3, side, side)
     mask = torch.ones(batch, many, side, side, dtype=torch.bool)
     mask[:, -1, :, side - cut :] = False
     return {**inputs, "pixel_values": pixels * mask[:, :, None], "pixel_attention_mask": mask}
@@ -189,7 +175,7 @@ def aspects(
     images: int = 1,
     *,
     ratios: list[int],
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images as tiles for cross attention; an image has one token, and text attends to it from there on.
 
@@ -200,14 +186,14 @@ def aspects(
         ratios: numbers of the images' aspect ratios among those that the model supports, from 1, in turn.
     """
     vision = model.config.vision_config
-    inputs = _prompt(model, batch, padded, length, seed, [1] * images, **prompt)
+    inputs = prompt(model, batch, padded, length, seed, [1] * images, **more)
     ids = torch.tensor([ratios[index % len(ratios)] for index in range(batch * images)]).view(batch, images)
     used = torch.tensor([0, *(h * w for h, w in vision.supported_aspect_ratios)])[ids]
     real = torch.arange(vision.max_num_tiles) < used[..., None]
     # Text attends to the image before it, and not to those before that.
     last = (inputs["input_ids"] == model.config.image_token_id).cumsum(1)
     seen = last[..., None] == torch.arange(1, images + 1)
-    pixels = _noise(model, seed, batch, images, vision.max_num_tiles, 3, vision.image_size, vision.image_size)
+    pixels = noise(model, seed, batch, images, vision.max_num_tiles, 3, vision.image_size, vision.image_size)
     return {
         **inputs,
         "pixel_values": pixels * real[..., None, None, None],
@@ -227,7 +213,7 @@ def pooled(
     *,
     tiling: Pair = (1, 2),
     pool: Pair = (2, 2),
-    **prompt: Any,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Images as crops of patches, and which patches make a token: a coarse view of the image, then a fine one.
 
@@ -245,13 +231,13 @@ def pooled(
     each = side * side * (1 + rows * columns)
     coarse = torch.arange(side * side).view(side, side)
     fine = torch.arange(side * side, each).view(rows, columns, side, side).transpose(1, 2)
-    views = [_windows(coarse, pool), _windows(fine.reshape(rows * side, columns * side), pool)]
+    views = [windows(coarse, pool), windows(fine.reshape(rows * side, columns * side), pool)]
     one = torch.cat([view.flatten(0, 1) for view in views])
     number = batch * images
     start = torch.arange(number)[:, None, None] * each
     grid = [n for view in views for n in view.shape[:2]]
-    inputs = _prompt(model, batch, padded, length, seed, [v.shape[0] * v.shape[1] for v in views] * images, **prompt)
-    pixels = _noise(model, seed, number * (1 + rows * columns), side * side, vision.patch_size**2 * 3)
+    inputs = prompt(model, batch, padded, length, seed, [v.shape[0] * v.shape[1] for v in views] * images, **more)
+    pixels = noise(model, seed, number * (1 + rows * columns), side * side, vision.patch_size**2 * 3)
     return {
         **inputs,
         "pixel_values": pixels,
@@ -259,45 +245,3 @@ def pooled(
         "image_grids": torch.tensor([grid] * number),
         "image_num_crops": torch.full((number,), 1 + rows * columns),
     }
-
-
-def _windows(grid: Tensor, pool: Pair) -> Tensor:
-    """Windows of a grid of numbers, [rows, columns, numbers of a window], -1 around the grid where it doesn't fit."""
-    height, width = pool
-    down, right = -grid.shape[0] % height, -grid.shape[1] % width
-    grid = F.pad(grid, (right // 2, right - right // 2, down // 2, down - down // 2), value=-1)
-    rows, columns = grid.shape[0] // height, grid.shape[1] // width
-    return grid.view(rows, height, columns, width).transpose(1, 2).reshape(rows, columns, height * width)
-
-
-def _prompt(
-    model: nn.Module,
-    batch: int,
-    padded: bool,
-    length: int,
-    seed: int,
-    runs: list[int],
-    *,
-    leading: int = 3,
-    between: int = 1,
-    types: str = "",
-    mark: int = 1,
-) -> dict[str, Tensor]:
-    """Text with runs of image tokens in it; the options are those of the module."""
-    first = leading + between * (len(runs) - 1)
-    if length < first + AFTER:
-        raise ValueError(f"{len(runs)} runs of image tokens need a text of {first + AFTER} tokens, not {length}")
-    words = text.text(model, batch, False, length, seed)["input_ids"]
-    image = model.config.image_token_id
-    parts = [words[:, :leading]]
-    for index, run in enumerate(runs):
-        here = leading + between * index
-        parts += [torch.full((batch, run), image), words[:, here : here + between if index + 1 < len(runs) else None]]
-    ids = torch.cat(parts, dim=1)
-    inputs = text.pad(ids) if padded else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**inputs, types: (inputs["input_ids"] == image).long() * mark} if types else inputs
-
-
-def _noise(model: nn.Module, seed: int, *shape: int) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
