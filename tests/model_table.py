@@ -150,11 +150,15 @@ def _rule(row: dict[str, str], name: str) -> tuple[str, str, str]:
 
 
 def complete(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """What was found now; a family that needs a module which is missing here keeps what was found elsewhere."""
+    """What was found now; a family that needs a module which is missing here keeps what was found elsewhere.
+
+    In the order of the catalogue.
+    """
     from tokcompile.models.catalogue import families
 
     needs = {name: family.needs for name, family in families().items()}
-    return {name: before.get(name, row) if unloaded.missing(needs.get(name, "")) else row for name, row in now.items()}
+    kept = {name: before.get(name, row) if unloaded.missing(needs.get(name, "")) else row for name, row in now.items()}
+    return {name: kept[name] for name in sorted(kept, key=list(needs).index)}
 
 
 def lost(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
@@ -177,7 +181,8 @@ def main(some: str = "") -> int:
     unloaded.declare_operators()  # before anything of transformers is imported
     results = Results()
     files = [str(ROOT / "tests" / "core" / name) for name in FILES]
-    pytest.main(["-q", "-m", "slow or not slow", *(("-k", some) if some else ()), *files], plugins=[results])
+    beside = ["-n", "2", "--dist", "loadfile"]  # subjects of a file are shared by its tests
+    pytest.main(["-q", *beside, "-m", "slow or not slow", *(("-k", some) if some else ()), *files], plugins=[results])
     before = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     found = {name: {**before.get(name, {}), **row} for name, row in results.cells.items()} if some else results.cells
     cells = complete(before, {**before, **found} if some else found)
