@@ -129,6 +129,14 @@ def test_two_images_in_a_row_share_its_budget_or_are_refused(name: str, tmp_path
     assert families.compared(got, families.hand_run(it, "decoder", pruned.kept[1], block=0)) == 0
 
 
+def test_a_budget_per_row_of_images_with_scores_of_their_own_is_refused(tmp_path: Path) -> None:
+    it = families.subject(catalogue.family("internvl"), images=2)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="a budget per row needs the images of a row in one sequence") as caught:
+        prune(it.model, **packed(tmp_path, "projector.input", "row", 9))(**it.inputs)
+    assert refusal(caught.value).found == "2 images in each row, with scores of their own"
+
+
 def test_neighbours_of_two_images_in_a_row_fail_when_run(tmp_path: Path) -> None:
     """A grid is one image's: which features are neighbours across two is not guessed."""
     it = subject("qwen2_vl", images=2)
