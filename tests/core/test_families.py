@@ -36,12 +36,14 @@ REFUSED = {
 UNSCORED = {("timm_swin", "vision")}
 """Stacks whose tokens no rule can choose from, so that none can keep them all."""
 FEATURES = {
-    "mllama": "no splice",  # the text attends to them
     "molmo2": "needs a value",  # which of them there are is known only when the model runs
 }
 """Where features of images cannot be dropped before they are among the text."""
-SPLICED = ("llava_next", "llava_onevision", "mllama", "molmo2")
-"""Features that are put together, or picked, behind the projector."""
+FEATURES_AT = {
+    **dict.fromkeys(("llava_next", "llava_onevision", "molmo2"), ("splice.input", "row")),
+    "mllama": ("projector.output", "image"),
+}
+"""Features that are put together, or picked, behind the projector, or read by the text's attention: where they are."""
 TOWER_DIFFERS = {("gemma3", "vision"): 2e-5}  # patches are averaged across memory, whose steps are shorter
 STACKS: dict[str, dict[str, int]] = {
     "bert": {"encoder": 4},
@@ -196,7 +198,7 @@ def _chosen_by_luck(it: families.Subject, stack: str, kept: list[byhand.Kept]) -
 def test_dropping_features_is_dropping_their_tokens_or_is_refused(name: str, tmp_path: Path) -> None:
     it = subject(name)
     torch._dynamo.reset()
-    at, per = ("splice.input", "row") if name in SPLICED else ("projector.input", "image")
+    at, per = FEATURES_AT.get(name, ("projector.input", "image"))
     pruned = prune(it.model, rule=families.rule(tmp_path, "features", at), keep=7, per=per)
     if name in FEATURES:
         with pytest.raises(Exception, match=FEATURES[name]) as caught:
@@ -204,7 +206,10 @@ def test_dropping_features_is_dropping_their_tokens_or_is_refused(name: str, tmp
         assert refusal(caught.value).where
         return
     got = families.outputs(pruned(**it.inputs))
-    assert families.compared(got, families.hand_run(it, "decoder", pruned.kept[-1], block=0)) == 0
+    read = it.sites.splice is None  # by the text's attention, with no tokens of its own for them
+    kept = pruned.kept[-1]
+    by_hand = towers.read(it, kept) if read else families.hand_run(it, "decoder", kept, block=0)
+    assert families.compared(got, by_hand) == 0
 
 
 @pytest.mark.parametrize(("name", "stack"), _marked(cells("vision2")))
