@@ -181,6 +181,18 @@ def test_rows_with_different_shares_fail_when_run(tmp_path: Path) -> None:
         pruned(**(inputs | {"input_ids": ids}))
 
 
+def test_features_that_the_model_leaves_out_itself_fail_when_run(tmp_path: Path) -> None:
+    """Which of the features that are offered are picked is known only then: all are counted."""
+    it = families.subject(catalogue.family("molmo2"))
+    torch._dynamo.reset()
+    pruned = prune(it.model, **packed(tmp_path, "splice.input", "row", 7))
+    pruned(**it.inputs)
+    pooling = it.inputs["image_token_pooling"].clone()
+    pooling[0] = -1
+    with pytest.raises(RuntimeError, match="of which the model leaves out others itself"):
+        pruned(**(it.inputs | {"image_token_pooling": pooling}))
+
+
 @some("qwen2_vl", "qwen3_vl")
 def test_features_of_images_beside_a_video(name: str, tmp_path: Path) -> None:
     """One program holds the tower twice; what is spliced in first are the images', and the video's stay whole."""

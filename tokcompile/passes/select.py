@@ -72,7 +72,7 @@ def patch_axis(ctx: Context, axis: Dim) -> Dim:
     if made is not None and made.axis and (made.axis == axis or _holds_segment(axis, made.axis)):
         return made.axis
     if ctx.sites.splice is not None:
-        spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features)
+        spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.offered)
         if spliced is not None and spliced.axis == axis:
             return axis
     return longest_segment(axis) if len(axis) == 1 and axis[0].segments else axis
@@ -158,7 +158,7 @@ def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
     """Refuse a budget of what is not a row of these scores: of an image where that is a batch row, or the other way."""
     if ctx.sites.splice is None:
         return
-    spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features)
+    spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.offered)
     for packed in (features(ctx.program, ctx.sites), spliced):
         if packed is not None and packed.packed and packed.axis == axis:
             images = packed_images(ctx.program, ctx.sites, packed) if step.per == "image" else 1
