@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import byhand
@@ -77,6 +78,27 @@ GRIDS = {
     "qwen2_5_vl": Grid(6, 12, 2, packed=True, near=True),
     "qwen3_vl": Grid(6, 12, 2, packed=True, near=True),
 }
+
+
+@torch.no_grad()
+def read(subject: families.Subject, kept: byhand.Kept) -> list[Tensor]:
+    """A model whose text attends to features [tiles of all rows, tokens, C], on some of the tokens of each tile."""
+    takes = (m for m in subject.model.modules() if "cross_attention_states" in signature(m.forward).parameters)
+    text = next(m for m in takes if hasattr(m, "layers"))
+
+    def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
+        tokens = states.shape[1]
+        by_tile = mask.unflatten(-1, (-1, tokens)).movedim(-2, 1).flatten(0, 1)  # a row for each tile
+        less = byhand.take(by_tile, kept, tokens).unflatten(0, (len(mask), -1)).movedim(1, -2).flatten(-2)
+        states = byhand.take(states, kept, tokens)
+        return args, kwargs | {"cross_attention_states": states, "cross_attention_mask": less}
+
+    hook = text.register_forward_pre_hook(shorten, with_kwargs=True)
+    try:
+        return families.outputs(subject.model(**subject.inputs))
+    finally:
+        hook.remove()
 
 
 def lucky(subject: families.Subject, keep: int) -> byhand.Kept:

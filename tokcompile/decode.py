@@ -15,14 +15,16 @@ from torch.fx import Node
 
 from tokcompile.address import parse_address
 from tokcompile.applied import Applied
+from tokcompile.axes import size_of
+from tokcompile.axes.atoms import same
 from tokcompile.binding import RuleInstance
-from tokcompile.edit import Editor, sub
+from tokcompile.edit import Editor, Length, sub
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
-from tokcompile.program import Program
-from tokcompile.sites import Sites, find_sites
+from tokcompile.program import Program, place
+from tokcompile.sites import Block, Sites, find_sites
 from tokcompile.steps import Drop
 
 aten = torch.ops.aten
@@ -52,7 +54,8 @@ def adapt_decode(
     if cuts:
         follow_padding(program, sites, cuts, Editor(program, rules[0].name, applied[0].counts))
         sites = find_sites(program)
-    for first in sorted({d[0] for d in drops if d[0] < depth}):
+    places = sorted({d[0] for d in drops if d[0] < depth})
+    for first in places:
         here = [d for d in drops if d[0] == first]
         if len({step.positions for _, step, _, _ in here}) > 1:
             raise CaptureError(
@@ -62,7 +65,7 @@ def adapt_decode(
             )
         _, step, rule, record = here[0]
         if step.positions == "compact":
-            _compact(program, find_sites(program), rule, first, record)
+            _compact(program, find_sites(program), rule, places, first, record)
         elif first == 0:
             _check_given(program, sites, rule, step)
 
@@ -100,16 +103,17 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: D
             )
 
 
-def _compact(program: Program, sites: Sites, instance: RuleInstance, first: int, applied: Applied) -> None:
+def _compact(
+    program: Program, sites: Sites, instance: RuleInstance, places: Sequence[int], first: int, applied: Applied
+) -> None:
+    """Number the new tokens from block `first` on, one of the places of drops, by those that each block still has."""
     blocks = sites.stacks["decoder"].blocks
-    if first >= len(blocks):
-        return
     editor = Editor(program, instance.name, applied.counts)
     region = set(sites.reach.forward(blocks[first].input)) - {program.output}  # which also returns earlier caches
     for rotary in sites.rotary["decoder"]:
         positions = rotary.positions
         with editor.after([positions]):
-            done = {positions: _positions(editor, sites, positions, first)}
+            done = {positions: _positions(editor, sites, positions, places, first)}
         for node in sorted(region - {blocks[first].input}, key=sites.reach.order.__getitem__):
             for table in _tables(node, region, positions, sites):
                 with editor.before(node):
@@ -131,16 +135,19 @@ def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> lis
     ]
 
 
-def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Node:
+def _positions(editor: Editor, sites: Sites, positions: Node, places: Sequence[int], first: int) -> Node:
     """Positions of the new tokens from block `first` on, of the shape of those before it.
 
     They are smaller by the tokens dropped there: what the keys are fewer than those of the block before, or than the
     tokens that the caller's mask still counts.
     """
-    block = sites.stacks["decoder"].blocks[first]
-    past, queries = editor.size(sites.caches[block].past, 2), editor.size(block.input, 1)
+    blocks = sites.stacks["decoder"].blocks
+    block = blocks[first]
+    queries = editor.size(block.input, 1)
+    past = _past(editor, sites, blocks[first : min((p for p in places if p > first), default=len(blocks))])
     if first:
-        before = editor.size(sites.caches[sites.stacks["decoder"].blocks[first - 1]].past, 2)
+        start = max((p for p in places if p < first), default=0)
+        before = _past(editor, sites, blocks[start:first])
         return editor.call(aten.sub.Tensor, positions, editor.arithmetic(sub, before, past))
     if sites.padding is not None:
         counted = editor.size(sites.padding, 1)
@@ -154,3 +161,28 @@ def _positions(editor: Editor, sites: Sites, positions: Node, first: int) -> Nod
     index = editor.call(aten.add.Tensor, index, past)
     index = editor.call(aten.view.default, index, [-1 if dim == tokens else 1 for dim in dims])
     return editor.call(aten.expand.default, index, [editor.size(positions, i) for i in range(len(dims))])
+
+
+def _past(editor: Editor, sites: Sites, blocks: Sequence[Block]) -> Length:
+    """How many tokens the caches of some blocks hold: of one that holds all of them, not the last of a window alone.
+
+    Raises:
+        CaptureError: each of them is the cache of a window that is full.
+    """
+    for block in blocks:
+        cache = sites.caches[block]
+        if cache.past is not None and not any(_last_alone(user, cache.key) for user in cache.key.users):
+            return editor.size(cache.past, 2)
+    raise CaptureError(
+        "the positions of new tokens cannot be compacted: no cache says how many tokens of the prompt stayed",
+        where=[place(blocks[0].attention.node)],
+        found="caches of the last tokens alone, as a sliding window has",
+        remedy="use `positions: keep`",
+    )
+
+
+def _last_alone(user: Node, keys: Node) -> bool:
+    """Whether a user takes the last of the keys [B, H, T, D] alone, as a window's cache does that is full."""
+    if user.target is not aten.slice.Tensor or user.args[1] % keys.meta["val"].ndim != 2:
+        return False
+    return not same(size_of(user.meta["val"].shape[2]), size_of(keys.meta["val"].shape[2]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
 from tokcompile.applied import Applied
-from tokcompile.axes import resolve
+from tokcompile.axes import product
 from tokcompile.binding import RuleInstance
 from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
@@ -16,6 +16,7 @@ from tokcompile.errors import CaptureError, TokredError
 from tokcompile.passes import PASSES, Context
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
+from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
 from tokcompile.verify import verify
 
@@ -90,16 +91,13 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
 def facts(program: Program, sites: Sites) -> dict[str, int]:
     """What rule files may compute with: depths, the number of image tokens, and the patch grid."""
     found = {f"{name}.depth": len(stack.blocks) for name, stack in sites.stacks.items()}
-    if sites.projector is None or not sites.projector.rows:
+    made = features(program, sites) if sites.projector is not None else None
+    if made is None or (made.packed and images_per_row(program, sites, made) != 1):
         return found
-    axis = resolve(program.axes.of(sites.projector.input)[1])
-    sizes = [a.size for a in axis]
-    if all(isinstance(s, int) for s in sizes):
-        total = 1
-        for size in sizes:
-            total *= size
+    total = product(made.axis)
+    if isinstance(total, int):
         found["image.tokens"] = total
-    grid = patch_grid(program, axis)
+    grid = patch_grid(program, made.axis)
     if grid is not None:
         found["grid.height"], found["grid.width"] = grid
     return found

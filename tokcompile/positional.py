@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import resolve
+from tokcompile.axes import product, resolve
 from tokcompile.axes.context import arg, wrap
 from tokcompile.axes.products import conv
 from tokcompile.axes.rules import RULES as AXIS_RULES
-from tokcompile.axes.rules import ordered, source
+from tokcompile.axes.rules import ordered, picked_from, source
 from tokcompile.axes.sorts import unsorted
 from tokcompile.axes.windows import windows
 from tokcompile.counts import images_per_row
@@ -62,6 +63,8 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
     """
     if token_map.shuffle is not None and node is token_map.shuffle.back:
         return _in_order_again(transport, node, token_map)
+    if picked_from(node) in transport.edited and 0 in transport.where(node.args[0], token_map.axis):
+        return _picked(transport, node, token_map)
     _refuse_indices(transport, node, token_map)
     _refuse_neighbours(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
@@ -102,6 +105,22 @@ def _in_order_again(transport: Transport, node: Node, token_map: TokenMap) -> To
     editor.set_args(node, [node.args[0], [editor.call(aten.argsort.default, token_map.numbers)]])
     node.meta["val"] = editor.evaluate(node)
     return token_map.folded
+
+
+def _picked(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
+    """Features that the model picks under a mask: all of them, which is checked when the graph runs.
+
+    A model leaves out what pads its images, of which it has none then.
+    """
+    editor, mask = transport.editor, node.args[1][0]
+    editor.require(mask, "features were dropped of images of which the model leaves out others itself")
+    before = [product(dim) for dim in transport.of(node.args[0])]
+    known = all(isinstance(size, int) for size in before)
+    for size in [user for user in node.users if known and user.target in (aten.sym_size.int, aten.sym_numel.default)]:
+        editor.fix(size, before[size.args[1]] if size.target is aten.sym_size.int else prod(before))
+    transport.bring(node, mask, token_map)
+    node.meta["val"] = editor.evaluate(node)
+    return replace(token_map, axis=transport.of(node)[0])
 
 
 def _refuse_neighbours(transport: Transport, node: Node, token_map: TokenMap) -> None:

@@ -59,7 +59,7 @@ def _stack(name: str, program: Program, sites: Sites) -> dict[str, Any]:
         "blocks": len(stack.blocks),
         "features": stack.features,
         "path": _path(stack.blocks),
-        "tokens": _shape(first.input)[1],
+        "tokens": _tokens(first.input),
         "token_parts": _parts(program, first.input),
         "width": _shape(first.input)[-1],
         "heads": query[1],
@@ -73,6 +73,12 @@ def _stack(name: str, program: Program, sites: Sites) -> dict[str, Any]:
         "caches": sum(len(each["blocks"]) for each in caches),
         "cache_shapes": caches,
     }
+
+
+def _tokens(stream: Node) -> int:
+    """The tokens of a stream [B, T, C], or of packed rows [n, C]."""
+    shape = _shape(stream)
+    return shape[0] if len(shape) == 2 else shape[1]
 
 
 def _parts(program: Program, stream: Node) -> str:
@@ -123,7 +129,7 @@ def _attention(block: Block) -> str:
     words += [f"softcap {site.softcap:g}"] if site.softcap else []
     words += ["sinks"] if site.sinks is not None else []
     words += [] if site.padding is None else ["padding mask"]
-    queries, tokens = _shape(site.query)[-2], _shape(block.input)[1]
+    queries, tokens = _shape(site.query)[-2], _tokens(block.input)
     words += [f"{queries} tokens at a time"] if queries != tokens else []
     return ", ".join(words)
 

@@ -230,6 +230,8 @@ class Transport:
         for position, dim in enumerate(dims):
             if contains(dim, rows):
                 return 0, position if dim == rows else -1
+        if any(self._apart(dims, spot, token_map) is not None for spot in self.where(value, token_map.axis)):
+            return 0, -1
         result = self.of(user)
         at = next((i for i, dim in enumerate(result) if dim == rows), None)
         if at is None or not broadcasts(user):
@@ -343,6 +345,9 @@ class Transport:
 
     def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim]) -> Node:
         """Gather a dimension that flattens batch rows and tokens together, or tokens and the parts of each."""
+        apart = self._apart(dims, spot, token_map)
+        if apart is not None:
+            return self._move_apart(value, token_map, spot, dims, apart)
         axis, rows = resolve(token_map.axis), resolve(token_map.rows)
         batch = next((i for i, dim in enumerate(dims) if rows and dim == rows), -1)
         lead = rows if batch < 0 else ()
@@ -363,6 +368,28 @@ class Transport:
         at = spot if batch < 0 else batch + (batch > spot) * len(inner)
         picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, where, at)
         return self.editor.call(aten.flatten.using_ints, picked, spot, where + len(inner))
+
+    def _apart(self, dims: list[Dim], spot: int, token_map: TokenMap) -> int | None:
+        """The dimension that holds the first factors of the rows, where the others stand before the tokens of each."""
+        axis, rows = resolve(token_map.axis), resolve(token_map.rows)
+        for count in range(1, len(rows)):
+            if dims[spot] == (*rows[count:], *axis) and rows[:count] in dims[:spot]:
+                return dims.index(rows[:count])
+        return None
+
+    def _move_apart(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim], batch: int) -> Node:
+        """Gather tokens whose rows are in two dimensions: together for a while, and then as they were."""
+        call = self.editor.call
+        inner = product(dims[spot][: -len(resolve(token_map.axis))])
+        there = list(range(len(dims) + 1))
+        there.insert(batch + 1, there.pop(spot))
+        back = list(range(len(dims) + 1))
+        back.insert(spot, back.pop(batch + 1))
+        wide = call(aten.unflatten.int, value, spot, [inner, token_map.old])
+        wide = call(aten.flatten.using_ints, call(aten.permute.default, wide, there), batch, batch + 1)
+        moved = call(tokred.gather_tokens.default, wide, token_map.source, spot, batch)
+        moved = call(aten.permute.default, call(aten.unflatten.int, moved, batch, [-1, inner]), back)
+        return call(aten.flatten.using_ints, moved, spot, spot + 1)
 
     def _old_size(self, node: Node) -> None:
         """A size that the model reads keeps its old value: what is made from it is gathered like everything else."""

@@ -129,6 +129,14 @@ def test_two_images_in_a_row_share_its_budget_or_are_refused(name: str, tmp_path
     assert families.compared(got, families.hand_run(it, "decoder", pruned.kept[1], block=0)) == 0
 
 
+def test_a_budget_per_row_of_images_with_scores_of_their_own_is_refused(tmp_path: Path) -> None:
+    it = families.subject(catalogue.family("internvl"), images=2)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="a budget per row needs the images of a row in one sequence") as caught:
+        prune(it.model, **packed(tmp_path, "projector.input", "row", 9))(**it.inputs)
+    assert refusal(caught.value).found == "2 images in each row, with scores of their own"
+
+
 def test_neighbours_of_two_images_in_a_row_fail_when_run(tmp_path: Path) -> None:
     """A grid is one image's: which features are neighbours across two is not guessed."""
     it = subject("qwen2_vl", images=2)
@@ -171,6 +179,18 @@ def test_rows_with_different_shares_fail_when_run(tmp_path: Path) -> None:
     ids[1, (ids[1] != image).nonzero()[-1]] = image
     with pytest.raises(RuntimeError, match="different numbers of image tokens"):
         pruned(**(inputs | {"input_ids": ids}))
+
+
+def test_features_that_the_model_leaves_out_itself_fail_when_run(tmp_path: Path) -> None:
+    """Which of the features that are offered are picked is known only then: all are counted."""
+    it = families.subject(catalogue.family("molmo2"))
+    torch._dynamo.reset()
+    pruned = prune(it.model, **packed(tmp_path, "splice.input", "row", 7))
+    pruned(**it.inputs)
+    pooling = it.inputs["image_token_pooling"].clone()
+    pooling[0] = -1
+    with pytest.raises(RuntimeError, match="of which the model leaves out others itself"):
+        pruned(**(it.inputs | {"image_token_pooling": pooling}))
 
 
 @some("qwen2_vl", "qwen3_vl")

@@ -165,12 +165,21 @@ def masked_scatter(ctx: Context, node: Node) -> Dims:
     dims = list(ctx.of(node.args[0]))
     for one, other in zip(reversed(dims), reversed(ctx.of(node.args[1])), strict=False):
         ctx.unify(node, one, other)
-    inserted = ctx.of(node.args[2])
+    offered = picked_from(node.args[2])
+    inserted = ctx.of(node.args[2] if offered is None else offered)
     if len(dims) == 3 and len(inserted) == 2:
         share = divide(product(resolve(inserted[0])), product(resolve(dims[0])))
         if share is not None and resolve(dims[0]):
             ctx.unify(node, inserted[0], (*resolve(dims[0]), *fresh(share)))
     return dims
+
+
+def picked_from(node: Node) -> Node | None:
+    """The rows [n, C] of which a value is those under a bool mask [n]; None for a value of another kind."""
+    if node.target is not aten.index.Tensor or len(node.args[1]) != 1 or node.args[1][0] is None:
+        return None
+    mask = node.args[1][0].meta["val"]
+    return node.args[0] if mask.dtype == torch.bool and mask.ndim == 1 else None
 
 
 def gather_tokens(ctx: Context, node: Node) -> Dims:

@@ -72,7 +72,7 @@ def patch_axis(ctx: Context, axis: Dim) -> Dim:
     if made is not None and made.axis and (made.axis == axis or _holds_segment(axis, made.axis)):
         return made.axis
     if ctx.sites.splice is not None:
-        spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features)
+        spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.offered)
         if spliced is not None and spliced.axis == axis:
             return axis
     return longest_segment(axis) if len(axis) == 1 and axis[0].segments else axis
@@ -116,8 +116,7 @@ def _vision_group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim
     if fold is not None:
         node, axis = scores_of_features(ctx.editor, node, fold), fold.features
     size = _count(axis)
-    if step.per == "image":
-        _check_packed(ctx, axis)
+    _check_budget(ctx, step, node, axis)
     if fold is not None:
         return node, axis, None, size
     patches = ctx.patch_mask(node, axis)
@@ -155,15 +154,24 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
 
 
-def _check_packed(ctx: Context, axis: Dim) -> None:
-    """Refuse a budget per image where the features of several, or of nobody knows how many, are one row."""
-    spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.features) if ctx.sites.splice is not None else None
+def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
+    """Refuse a budget of what is not a row of these scores: of an image where that is a batch row, or the other way."""
+    if ctx.sites.splice is None:
+        return
+    spliced = sequence(ctx.program, ctx.sites, ctx.sites.splice.offered)
     for packed in (features(ctx.program, ctx.sites), spliced):
         if packed is not None and packed.packed and packed.axis == axis:
-            images = packed_images(ctx.program, ctx.sites, packed)
+            images = packed_images(ctx.program, ctx.sites, packed) if step.per == "image" else 1
             if images != 1:
                 raise _unknown_images(images)
             return
+    images = images_per_row(scores, ctx.sites.splice.node) if step.per == "row" else 1
+    if images != 1:
+        raise EditError(
+            "a budget per row needs the images of a row in one sequence",
+            found=f"{images} images in each row, with scores of their own",
+            remedy="use `per: image`, or select at decoder.0.input",
+        )
 
 
 def _unknown_images(images: int | None) -> EditError:

@@ -61,7 +61,7 @@ def _single(sites: Sites, address: Address, text: str) -> Place:
         node = sites.projector.input if address.part == "input" else sites.projector.output
         return Place(text, node, owner="vision")
     if address.stack == "splice" and sites.splice is not None:
-        node = sites.splice.features if address.part == "input" else sites.splice.node
+        node = sites.splice.offered if address.part == "input" else sites.splice.node
         return Place(text, node, owner="vision" if address.part == "input" else "decoder")
     if address.stack == "embedding" and sites.embedding is not None:
         return Place(text, sites.embedding, owner="decoder")

@@ -96,7 +96,7 @@ def features(program: Program, sites: Sites) -> Sequence | None:
     """The features of images as the projector reads them, or else as they are spliced in."""
     if sites.projector is not None and not _shuffled(program, sites.projector.input):
         return sequence(program, sites, sites.projector.input)
-    return sequence(program, sites, sites.splice.features) if sites.splice is not None else None
+    return sequence(program, sites, sites.splice.offered) if sites.splice is not None else None
 
 
 def _shuffled(program: Program, node: Node) -> bool:

@@ -11,7 +11,7 @@ from tokcompile.program import Program
 from tokcompile.sites.attention import Attention, find_attention
 from tokcompile.sites.block import Block, Stack, find_stacks
 from tokcompile.sites.cache import Cache, find_cache
-from tokcompile.sites.projector import Projector, find_projector
+from tokcompile.sites.projector import Projector, find_projector, find_read_projector
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.rotary import Rotary, find_rotary
 from tokcompile.sites.sight import hidden_by, is_causal, rows_of_integers
@@ -74,7 +74,12 @@ def find_sites(program: Program) -> Sites:
     caches = {b: c for s in found for b in s.blocks if (c := find_cache(b, outputs)) is not None}
     stacks = _named(found, splice, caches, reach)
     vision = stacks.get("vision")
-    projector = find_projector(vision, splice, reach) if vision and splice else None
+    projector = None
+    if vision is not None:
+        blocks = [block for stack in stacks.values() for block in stack.blocks]
+        each = ((block, site) for block in blocks for site in (block.attention, *block.cross))
+        readers = [site for block, site in each if not reach.above(block.input, site.key)]
+        projector = find_projector(vision, splice, reach) if splice else find_read_projector(vision, readers, reach)
     strung = {a for s in found for b in s.blocks for a in (b.attention, *b.cross)}
     sites = Sites(
         attentions,

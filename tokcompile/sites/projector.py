@@ -8,6 +8,7 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
+from tokcompile.sites.attention import Attention
 from tokcompile.sites.block import Stack
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.splice import Splice
@@ -33,20 +34,34 @@ def find_projector(vision: Stack, splice: Splice, reach: Reach) -> Projector | N
     """The first linear map that all image features pass through on their way from the vision stack to the splice."""
     stream = vision.blocks[vision.features].output
     path = [n for n in reach.order if reach.above(stream, n) and reach.above(n, splice.features)]
-    for node in path[1:]:
-        if node.target not in _MIXERS:
-            continue
-        data = node.args[1] if node.target is aten.addmm.default else node.args[0]
-        return Projector(data, splice.features) if _only_way(data, path, splice.features) else None
-    return None
+    data = next((_data(node) for node in path[1:] if node.target in _MIXERS), None)
+    common = _passed(path, [splice.features]) if data is not None else []
+    return Projector(data, splice.features) if data is not None and data in common else None
 
 
-def _only_way(gate: Node, path: list[Node], goal: Node) -> bool:
-    """Whether `gate` dominates the goal within the path: no way around it."""
-    inside = set(path)
+def find_read_projector(vision: Stack, readers: list[Attention], reach: Reach) -> Projector | None:
+    """The first linear map on the way from the vision stack to what text attends to, and the last value all read."""
+    stream = vision.blocks[vision.features].output
+    goals = [n for site in readers for n in (site.key, site.value) if reach.above(stream, n)]
+    path = [n for n in reach.order if reach.above(stream, n) and any(reach.above(n, goal) for goal in goals)]
+    common = _passed(path, goals) if goals else []
+    data = next((_data(node) for node in common[1:] if node.target in _MIXERS), None)
+    return Projector(data, common[-1]) if data is not None else None
+
+
+def _data(mixer: Node) -> Node:
+    return mixer.args[1] if mixer.target is aten.addmm.default else mixer.args[0]
+
+
+def _passed(path: list[Node], goals: list[Node]) -> list[Node]:
+    """The nodes of a path that every way from its first node to a goal passes, in order: its dominators."""
+    inside = {*path, *goals}
     flow = nx.DiGraph((node, user) for node in path for user in node.users if user in inside)
     parent = nx.immediate_dominators(flow, path[0])
-    node = goal
-    while node is not gate and parent.get(node) not in (None, node):
-        node = parent[node]
-    return node is gate
+    chains = []
+    for goal in goals:
+        chain = [goal]
+        while parent.get(chain[0]) not in (None, chain[0]):
+            chain.insert(0, parent[chain[0]])
+        chains.append(chain)
+    return [node for node in chains[0] if all(node in chain for chain in chains)]

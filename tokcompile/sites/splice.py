@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from tokcompile.axes.rules import picked_from
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
@@ -38,6 +39,12 @@ class Splice:
     mask: Node
     features: Node
     further: tuple[Splice, ...] = ()
+
+    @property
+    def offered(self) -> Node:
+        """The features, or the rows that they are picked from under a mask."""
+        rows = picked_from(self.features)
+        return self.features if rows is None else rows
 
     @property
     def all(self) -> tuple[Splice, ...]:
