@@ -44,9 +44,10 @@ params:
   keep: {type: ratio_or_count, default: 9, about: tokens kept}
   block: {type: int, default: 1, min: 0, about: the block}
   among: {type: choice, default: all, choices: [all, image], about: the group}
+  per: {type: choice, default: row, choices: [image, row], about: what the budget is of}
 steps:
   - score: {name: luck, by: random, at: "STACK.${block}.input"}
-  - select: {name: kept, by: topk, scores: luck, among: "${among}", keep: "${keep}", per: row}
+  - select: {name: kept, by: topk, scores: luck, among: "${among}", keep: "${keep}", per: "${per}"}
   - drop: {at: "STACK.${block}.input", keep: kept, positions: keep}
 """,
     # Random features of every image, before they are put among the text.
@@ -192,7 +193,12 @@ def options_for(subject: Subject, stack: str, folder: Path, block: int = 1, keep
     images = among(subject, stack) == "image"
     kind = "text" if stack == "decoder" and not images else "group"
     options: dict[str, Any] = {"rule": rule(folder, kind, stack), "keep": keep, "block": block}
-    return {**options, "among": "image"} if images else options
+    return options | group_of(subject, stack) if images else options
+
+
+def group_of(subject: Subject, stack: str) -> dict[str, Any]:
+    """Which tokens the rule "group" chooses from, and what its budget is of: in a vision stack, of each image."""
+    return {"among": among(subject, stack), "per": "image" if stack.startswith("vision") else "row"}
 
 
 def among(subject: Subject, stack: str) -> str:

@@ -156,7 +156,7 @@ def test_keeping_everything_keeps_every_bit(name: str, tmp_path: Path) -> None:
     for stack in tried:
         path = families.rule(tmp_path, "group", stack)
         torch._dynamo.reset()
-        pruned = prune(it.model, rule=path, keep=1.0, among=families.among(it, stack))
+        pruned = prune(it.model, rule=path, keep=1.0, **families.group_of(it, stack))
         assert families.compared(families.outputs(pruned(**it.inputs)), expected) == 0
 
 
@@ -230,8 +230,8 @@ def test_an_exported_program_keeps_its_bits_and_drops_or_is_refused(name: str, s
             tokcompile.rewrite(program, **families.options_for(it, stack, tmp_path, keep=7))
         assert caught.value.where
         return
-    path, among = families.rule(tmp_path, "group", stack), families.among(it, stack)
-    everything = tokcompile.rewrite(program, path, keep=1.0, among=among)
+    path = families.rule(tmp_path, "group", stack)
+    everything = tokcompile.rewrite(program, path, keep=1.0, **families.group_of(it, stack))
     assert families.compared(families.ran(everything, it), families.ran(program, it)) == 0
     rewritten = tokcompile.rewrite(program, **families.options_for(it, stack, tmp_path, keep=7))
     worst = TOWER_DIFFERS.get((name, stack), EXPORT_DIFFERS.get(name, 0))

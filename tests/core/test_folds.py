@@ -34,6 +34,8 @@ from tokcompile.sites.features import Fold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+IMAGES = {"among": "image", "per": "image"}
+
 
 def some(usual: str, *others: str) -> pytest.MarkDecorator:
     """Families of which `make test` runs the first alone."""
@@ -84,8 +86,8 @@ def test_two_drops_in_a_tower_and_one_in_the_text(name: str, tmp_path: Path) -> 
     it = families.subject(catalogue.family(name))
     torch._dynamo.reset()
     rules = [
-        {"rule": tower(tmp_path, 0), "keep": 11, "block": 0, "among": "image"},
-        {"rule": tower(tmp_path, 1), "keep": 6, "block": 1, "among": "image"},
+        {"rule": tower(tmp_path, 0), "keep": 11, "block": 0, **IMAGES},
+        {"rule": tower(tmp_path, 1), "keep": 6, "block": 1, **IMAGES},
         {"rule": families.rule(tmp_path, "group", "decoder"), "keep": 4, "block": 2, "among": "image"},
     ]
     got = prune(it.model, rules=rules)
@@ -106,7 +108,7 @@ def test_a_batch_of_one(name: str, tmp_path: Path) -> None:
     inputs = tokcompile.precompute(model, family.example(model, batch=1, padded=False) | {"use_cache": False})
     with imagesizes.packed(model):
         torch._dynamo.reset()
-        pruned = prune(model, rule=tower(tmp_path), keep=7, among="image")
+        pruned = prune(model, rule=tower(tmp_path), keep=7, **IMAGES)
         got = pruned(**inputs).logits
         (program,) = capture(model, inputs)
         it = families.Subject(family, model, inputs, program, find_sites(program))
@@ -229,7 +231,7 @@ def test_inductor_says_the_same(name: str, tmp_path: Path) -> None:
     outs = []
     for target in ("eager", "inductor"):
         torch._dynamo.reset()
-        pruned = prune(it.model, target=target, rule=tower(tmp_path), keep=7, among="image")
+        pruned = prune(it.model, target=target, rule=tower(tmp_path), keep=7, **IMAGES)
         outs.append((pruned(**it.inputs).logits, pruned.kept))
     assert outs[0][1] == outs[1][1] and difference(outs[0][0], outs[1][0]) <= 1e-4
 
