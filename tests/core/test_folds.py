@@ -85,9 +85,11 @@ def test_two_drops_in_a_tower_and_one_in_the_text(name: str, tmp_path: Path) -> 
     """The second chooses among the features that the first left, the third among their tokens."""
     it = families.subject(catalogue.family(name))
     torch._dynamo.reset()
+    # After a drop in a tower of windows, nobody knows any more how many images a packed row holds.
+    budget = IMAGES | ({"per": "row"} if name == "qwen2_5_vl" else {})
     rules = [
-        {"rule": tower(tmp_path, 0), "keep": 11, "block": 0, **IMAGES},
-        {"rule": tower(tmp_path, 1), "keep": 6, "block": 1, **IMAGES},
+        {"rule": tower(tmp_path, 0), "keep": 11, "block": 0, **budget},
+        {"rule": tower(tmp_path, 1), "keep": 6, "block": 1, **budget},
         {"rule": families.rule(tmp_path, "group", "decoder"), "keep": 4, "block": 2, "among": "image"},
     ]
     got = prune(it.model, rules=rules)
