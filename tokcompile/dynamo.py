@@ -100,7 +100,7 @@ def _installs_hooks(model: torch.nn.Module) -> bool:
 def _count_sizes_as_numbers() -> None:
     """Let Dynamo take the product of a tensor's sizes by NumPy for the number that it is.
 
-    It makes a tensor of it, and a branch on that (LLaVA-NeXT checks its crops so) splits the graph.
+    It makes a tensor of it, and a branch on that, as where a model checks the number of its crops, splits the graph.
     """
     module: Any = _optional("torch._dynamo.variables.misc")
     numpy: Any = _optional("numpy")
