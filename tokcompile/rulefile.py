@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, create_model
 from pydantic_core import ErrorDetails
 
 from tokcompile import yamlfile
@@ -17,7 +17,7 @@ from tokcompile.errors import RuleError, known
 from tokcompile.fields import NAME_PATTERN, Name, wrong
 from tokcompile.params import Param
 from tokcompile.rulechecks import check_rule
-from tokcompile.steps import PLANNED, STEPS, Drop, Model, Score, Select, Step, Tap
+from tokcompile.steps import PLANNED, STEPS, Model, Step
 
 __all__ = ["ResolvedRule", "Rule", "RuleInstance", "json_schema", "load_rule", "parse_rules", "rule_names"]
 
@@ -51,17 +51,17 @@ def _one_verb(schema: dict[str, Any]) -> None:
     schema |= {"minProperties": 1, "maxProperties": 1}
 
 
-class StepEntry(Model, json_schema_extra=_one_verb):
+class _Entry(Model, json_schema_extra=_one_verb):
     """One step: one verb and its fields."""
-
-    tap: Tap | None = None
-    score: Score | None = None
-    select: Select | None = None
-    drop: Drop | None = None
 
     def step(self) -> Step:
         """Return the one step of the entry."""
         return next(step for verb in STEPS if (step := getattr(self, verb)) is not None)
+
+
+StepEntry = create_model(
+    "StepEntry", __base__=_Entry, __doc__=_Entry.__doc__, **{verb: (step | None, None) for verb, step in STEPS.items()}
+)
 
 
 class RuleFile(Model):

@@ -1,0 +1,54 @@
+"""The fields of a select step."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from tokcompile.budget import ROUNDINGS
+from tokcompile.fields import BudgetText, Name, Offsets, Truth, one_of
+from tokcompile.steps.base import Step, known_by, needs, refuses
+
+
+class Select(Step):
+    """Chooses tokens."""
+
+    verb = "select"
+    refers = {"scores": "score", "of": "select", "first": "select"}
+
+    name: Name
+    """name under which later steps use the selection"""
+    by: str
+    """topk, neighbours, fill, protect, or the name of a plug-in"""
+    scores: Name | None = None
+    """the scores that decide (topk, fill)"""
+    among: one_of("image", "text", "all") = "image"
+    """the tokens that may be chosen; all others stay"""
+    keep: BudgetText | None = None
+    """how many are chosen of each group: a count (192), a ratio (0.5, "1/3") or an expression that gives a count"""
+    round: one_of(*ROUNDINGS) = "floor"
+    """how a share that is no whole number is rounded: floor (n * p // q), half_even, half_up or ceil"""
+    allow_zero: Truth = False
+    """whether a budget that rounds to 0 stays 0; else at least one token is kept"""
+    of: Name | None = None
+    """the selection whose neighbours are chosen"""
+    offsets: Offsets = "cross"
+    """neighbours on the patch grid: cross (itself and 4), square (itself and 8), or pairs [rows, columns]"""
+    edges: one_of("clamp_flat", "grid") = "clamp_flat"
+    """clamp_flat: raster index plus offset, clamped to the image (wraps at row ends); grid: true neighbours only"""
+    first: tuple[Name, ...] = ()
+    """selections that come first, in order of priority; scores fill the rest of the budget"""
+    per: one_of("image", "row") = "image"
+    """the group that a budget counts in: each image (each row, for text and all), or each batch row"""
+    protect: tuple[one_of("first", "last"), ...] = ()
+    """real tokens of each row that are chosen"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Select:
+        known_by(self, self.by)
+        counted, stencil = ("topk", "fill"), ("neighbours",)
+        users = {"scores": counted, "keep": counted, "round": counted, "allow_zero": counted, "of": stencil}
+        users |= {"offsets": stencil, "edges": stencil, "first": ("fill",), "protect": ("protect",)}
+        refuses(self, users, self.by)
+        required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
+        needs(self, {**required, "protect": ("protect",)}.get(self.by, ()), self.by)
+        return self
