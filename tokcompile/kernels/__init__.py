@@ -11,15 +11,23 @@ if __name__ == "tokcompile.kernels":
     from .attention_row import attention_row
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
+    from .elbow import elbow
     from .fill_mask import fill_mask
+    from .first_members import first_members
     from .gather_tokens import gather_tokens
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
+    from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
+    from .merge_weights import merge_weights
+    from .mix_tokens import mix_tokens
+    from .nearest_tokens import nearest_tokens
+    from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .splice_values import splice_values
+    from .strided_tokens import strided_tokens
     from .token_cosine import token_cosine
     from .token_norm import token_norm
     from .token_source import token_source
@@ -32,17 +40,25 @@ __all__ = [
     "define",
     "dilate",
     "dilate_by_width",
+    "elbow",
     "fill_mask",
+    "first_members",
     "gather_tokens",
     "inverse_map",
     "kept_indices",
+    "kmeans_assign",
     "last_valid",
     "match_pairs",
     "merge_pairs",
+    "merge_weights",
+    "mix_tokens",
     "names",
+    "nearest_tokens",
+    "pool_matrix",
     "random_scores",
     "reference_of",
     "splice_values",
+    "strided_tokens",
     "token_cosine",
     "token_norm",
     "token_source",
