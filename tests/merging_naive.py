@@ -33,10 +33,17 @@ class Merge:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: dict[str, Tensor], merge: Merge, generated: int = 0) -> naive.Ran:
+def run(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    merge: Merge,
+    cuts: Sequence[naive.Cut] = (),
+    generated: int = 0,
+) -> naive.Ran:
     """Run a LLaVA by hand. The image tokens stay that the new features stand for; the text is numbered anew.
 
     Args:
+        cuts: drops in the decoder, of the text as it is after the merge.
         generated: how many tokens at the end are the model's own: no image tokens, whatever their numbers.
     """
     ids = inputs["input_ids"]
@@ -46,12 +53,16 @@ def run(model: nn.Module, inputs: dict[str, Tensor], merge: Merge, generated: in
     features, source = merge.mix(model, inputs["pixel_values"])
     if not merge.after:
         features = model.model.multi_modal_projector(features)
-    stay = [naive.stay(row, source[b]) for b, row in enumerate(image.tolist())]
+    each = len(source) // len(ids)  # images in a row, or 1 where those of a row are merged as one
+    rows = [source[start : start + each] for start in range(0, len(source), each)]
+    span = int(image[0].sum()) // each
+    ordinals = [[number * span + i for number, one in enumerate(row) for i in one] for row in rows]
+    stay = [naive.stay(row, ordinals[b]) for b, row in enumerate(image.tolist())]
     ids, valid, image = (naive._take(each, stay) for each in (ids, valid, image))
     hidden = model.get_input_embeddings()(ids)
     hidden = hidden.masked_scatter(image[..., None], features.to(hidden.dtype))
-    logits, _, lengths = naive._decoder(model, naive.State(hidden, valid, image), ())
-    return naive.Ran(logits, [source, stay], lengths)
+    logits, kept, lengths = naive._decoder(model, naive.State(hidden, valid, image), cuts)
+    return naive.Ran(logits, [source, stay, *kept], lengths)
 
 
 @torch.no_grad()
@@ -174,11 +185,16 @@ def pool_rows(height: int, width: int, out_height: int, out_width: int) -> Rows:
 # Clusters (methods/43-vqtoken.md).
 
 
-def coded(k: int, iterations: int, seed: int = 0, normalise: bool = True) -> Merge:
-    """VQToken's base path: means of the projector's outputs, scaled to length one, of each of k clusters."""
+def coded(k: int, iterations: int, seed: int = 0, normalise: bool = True, images: int = 1) -> Merge:
+    """VQToken's base path: means of the projector's outputs, scaled to length one, of each of k clusters.
+
+    Args:
+        images: how many each row has, whose features are clustered together.
+    """
 
     def mix(model: nn.Module, pixels: Tensor) -> tuple[Tensor, naive.Kept]:
         x = model.model.multi_modal_projector(naive.vision_features(model, pixels))
+        x = x.unflatten(0, (-1, images)).flatten(1, 2)
         rows, source = [], []
         for tokens in x.float():
             labels = clusters(tokens, k, iterations, seed)

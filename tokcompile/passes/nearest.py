@@ -31,9 +31,16 @@ def nearest(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | 
     tokens, count, editor = image_tokens(ctx, place, at), int(step.count), ctx.editor
     chosen = ctx.values[step.keep]
     stay = int(chosen.count)
+    if resolve(chosen.axis) != resolve(at.axis):
+        raise EditError(
+            "the tokens that stay were chosen among others than those that are merged",
+            where=[node_place(place.node)],
+            found=f"a choice from {chosen.size} tokens; the sequence here holds {tokens}",
+            remedy="choose among the tokens at the place of the merge, as earlier steps left them",
+        )
     if stay + count >= tokens:
         return None
-    keep = ctx.align(chosen.mask, chosen.axis, at.axis)
+    keep = chosen.mask
     others = editor.call(aten.logical_not.default, keep)
     targets = editor.call(tokred.strided_tokens.default, others, count)
     keys = _compared(ctx, ctx.values[step.like].node, at.axis)
