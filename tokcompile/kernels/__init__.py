@@ -9,23 +9,38 @@ if __name__ == "tokcompile.kernels":
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
+    from .cluster_labels import cluster_labels
+    from .cluster_slots import cluster_slots
+    from .density_peaks import density_peaks
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
     from .kept_indices import kept_indices
     from .last_valid import last_valid
+    from .nearest_kept import nearest_kept
     from .random_scores import random_scores
     from .splice_values import splice_values
+    from .super_token_affinity import super_token_affinity
+    from .super_token_pool import super_token_pool
+    from .super_token_spread import super_token_spread
     from .token_cosine import token_cosine
     from .token_norm import token_norm
     from .topk_mask import topk_mask
+    from .transport_cost import transport_cost
+    from .transport_cost_over_time import transport_cost_over_time
+    from .transport_plan import transport_plan
+    from .transport_weights import transport_weights
+    from .window_topk_mask import window_topk_mask
 
 __all__ = [
     "attention",
     "attention_received",
     "attention_row",
+    "cluster_labels",
+    "cluster_slots",
     "define",
+    "density_peaks",
     "dilate",
     "dilate_by_width",
     "fill_mask",
@@ -33,10 +48,19 @@ __all__ = [
     "kept_indices",
     "last_valid",
     "names",
+    "nearest_kept",
     "random_scores",
     "reference_of",
     "splice_values",
+    "super_token_affinity",
+    "super_token_pool",
+    "super_token_spread",
     "token_cosine",
     "token_norm",
     "topk_mask",
+    "transport_cost",
+    "transport_cost_over_time",
+    "transport_plan",
+    "transport_weights",
+    "window_topk_mask",
 ]
