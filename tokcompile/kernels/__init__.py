@@ -16,8 +16,11 @@ if __name__ == "tokcompile.kernels":
     from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
+    from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .last_valid import last_valid
+    from .match_pairs import match_pairs
+    from .merge_pairs import merge_pairs
     from .nearest_kept import nearest_kept
     from .random_scores import random_scores
     from .splice_values import splice_values
@@ -26,6 +29,7 @@ if __name__ == "tokcompile.kernels":
     from .super_token_spread import super_token_spread
     from .token_cosine import token_cosine
     from .token_norm import token_norm
+    from .token_source import token_source
     from .topk_mask import topk_mask
     from .transport_cost import transport_cost
     from .transport_cost_over_time import transport_cost_over_time
@@ -45,8 +49,11 @@ __all__ = [
     "dilate_by_width",
     "fill_mask",
     "gather_tokens",
+    "inverse_map",
     "kept_indices",
     "last_valid",
+    "match_pairs",
+    "merge_pairs",
     "names",
     "nearest_kept",
     "random_scores",
@@ -57,6 +64,7 @@ __all__ = [
     "super_token_spread",
     "token_cosine",
     "token_norm",
+    "token_source",
     "topk_mask",
     "transport_cost",
     "transport_cost_over_time",
