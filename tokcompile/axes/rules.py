@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from tokcompile.axes.atoms import divide, fresh, product, resolve, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
+from tokcompile.axes.merging import merge_weights, mix_tokens, nearest, pool_matrix, representatives
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
 from tokcompile.axes.sorts import numbered, ordered, written
 from tokcompile.axes.views import (
@@ -356,4 +357,12 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "token_cosine": leading(2),
     "fill_mask": pointwise,
     "splice_values": like_first,
+    "mix_tokens": mix_tokens,
+    "merge_weights": merge_weights,
+    "nearest_tokens": nearest,
+    "strided_tokens": representatives,
+    "first_members": representatives,
+    "kmeans_assign": leading(2),
+    "pool_matrix": pool_matrix,
+    "elbow": leading(1),
 }

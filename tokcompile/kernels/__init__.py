@@ -11,12 +11,20 @@ if __name__ == "tokcompile.kernels":
     from .attention_row import attention_row
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
+    from .elbow import elbow
     from .fill_mask import fill_mask
+    from .first_members import first_members
     from .gather_tokens import gather_tokens
     from .kept_indices import kept_indices
+    from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
+    from .merge_weights import merge_weights
+    from .mix_tokens import mix_tokens
+    from .nearest_tokens import nearest_tokens
+    from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .splice_values import splice_values
+    from .strided_tokens import strided_tokens
     from .token_cosine import token_cosine
     from .token_norm import token_norm
     from .topk_mask import topk_mask
@@ -28,14 +36,22 @@ __all__ = [
     "define",
     "dilate",
     "dilate_by_width",
+    "elbow",
     "fill_mask",
+    "first_members",
     "gather_tokens",
     "kept_indices",
+    "kmeans_assign",
     "last_valid",
+    "merge_weights",
+    "mix_tokens",
     "names",
+    "nearest_tokens",
+    "pool_matrix",
     "random_scores",
     "reference_of",
     "splice_values",
+    "strided_tokens",
     "token_cosine",
     "token_norm",
     "topk_mask",
