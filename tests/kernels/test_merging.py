@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import merging_naive
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +172,40 @@ def test_first_members(rows):
     assert got.tolist() == [[row.index(s) if s in row else 0 for s in range(6)] for row in rows]
 
 
+def zipped(x: Tensor, received: Tensor, keys: Tensor, dominant: int, contextual: int, mode: str) -> Tensor:
+    """The class token, the best patches and the contextual tokens of x [B, 1 + P, C], by the ops."""
+    patches = F.pad(ops.topk_mask(received, None, dominant - 1), (1, 0))
+    kept = F.pad(patches[:, 1:], (1, 0), value=True)
+    source = ops.strided_tokens(~kept, contextual)
+    assigned = ops.nearest_tokens(F.pad(keys, (0, 0, 1, 0)), source, ~kept)
+    merged = ops.mix_tokens(x, source, ops.merge_weights(assigned, source, mode))
+    return torch.cat([ops.gather_tokens(x, ops.kept_indices(kept, dominant), 1, 0), merged], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (191, 30), (20, 1)])
+@pytest.mark.parametrize("mode", ["sum", "average"])
+def test_dominant_and_contextual_tokens_equal_the_procedure(dominant, contextual, mode, dtype):
+    """methods/b2-visionzip.md, oracles 1 and 3 to 5: 64 tokens of 577, in a batch as alone."""
+    x, keys = random(2, 577, 24).to(dtype), random(2, 576, 16, seed=1).to(dtype)
+    received = random(2, 576, seed=2).exp()
+    got = zipped(x, received, keys, dominant, contextual, mode)
+    assert got.shape == (2, dominant + contextual, 24) and got.dtype == dtype
+    rows = [merging_naive.zipped_row(r, k, 1, dominant, contextual, mode) for r, k in zip(received, keys, strict=True)]
+    torch.testing.assert_close(got, merging_naive.mixed(x, rows))
+    for b in range(2):
+        alone = zipped(x[b : b + 1], received[b : b + 1], keys[b : b + 1], dominant, contextual, mode)
+        torch.testing.assert_close(got[b : b + 1], alone)
+
+
+def test_patches_that_are_all_alike():
+    """Oracle 2: the first 53 patches are dominant, and all others join the first target, whose sum is the double."""
+    x = random(1, 1, 24).expand(1, 577, 24).contiguous()
+    got = zipped(x, torch.ones(1, 576), x[:, 1:], 54, 10, "sum")
+    want = torch.cat([x[:, :54], 2 * x[:, :1], x[:, :9]], 1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 # Adaptive pooling: methods/31-tokenflex.md
 
 SIZES = [(27, 8), (27, 12), (27, 16), (32, 12), (24, 12)]
@@ -230,48 +265,6 @@ def test_pooling_has_the_gradient_of_a_mean():
 # Clusters: methods/43-vqtoken.md
 
 
-def hashed(number: int, seed: int) -> float:
-    """What draw `number` is of the unit interval."""
-
-    def mix(word: int) -> int:
-        word = (word ^ word >> 16) * 0x21F0AAAD & 0xFFFFFFFF
-        word = (word ^ word >> 15) * 0x735A2D97 & 0xFFFFFFFF
-        return word ^ word >> 15
-
-    salt = mix(mix(seed & 0xFFFFFFFF) + (seed >> 32 & 0xFFFFFFFF) & 0xFFFFFFFF)
-    return (mix(mix(number + 1) ^ salt) >> 9) * 2.0**-23
-
-
-def clusters(x: Tensor, k: int, iterations: int, seed: int) -> list[int]:
-    """k-means++ and Lloyd's steps on one row [T, C], in float64."""
-    z = [row / row.norm() if row.norm() > 0 else row for row in x.double()]
-    drawn: list[int] = []
-    for number in range(k):
-        odds = [
-            0.0
-            if i in drawn
-            else min((float((v - z[d]).square().sum()) for d in drawn), default=1.0) + 1e-6 * bool(drawn)
-            for i, v in enumerate(z)
-        ]
-        goal, total = sum(odds) * hashed(number, seed), 0.0
-        for i, odd in enumerate(odds):
-            total += odd
-            if odd and total > goal:
-                drawn.append(i)
-                break
-    centroids, labels = [z[i] for i in drawn], []
-    for _ in range(iterations):
-        if labels:
-            for c in range(k):
-                members = [v for v, label in zip(z, labels, strict=True) if label == c]
-                centroids[c] = sum(members[1:], members[0]) / len(members) if members else centroids[c]
-        labels = [
-            min(range(k), key=lambda c, v=v: (1 - float(v @ centroids[c] / centroids[c].norm().clamp(min=1e-30)), c))
-            for v in z
-        ]
-    return labels
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.data(), st.integers(0, 2**31), HALF)
 def test_kmeans_equals_a_loop(batch, tokens, data, seed, dtype):
@@ -279,7 +272,7 @@ def test_kmeans_equals_a_loop(batch, tokens, data, seed, dtype):
     x = random(batch, tokens, 6, seed=seed).to(dtype)
     got = ops.kmeans_assign(x, k, iterations, seed)
     assert got.dtype == torch.int64
-    assert got.tolist() == [clusters(row.float(), k, iterations, seed) for row in x]
+    assert got.tolist() == [merging_naive.clusters(row.float(), k, iterations, seed) for row in x]
 
 
 @pytest.mark.parametrize("seed", range(5))
