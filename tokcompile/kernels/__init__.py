@@ -15,9 +15,12 @@ if __name__ == "tokcompile.kernels":
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .gather_tokens import gather_tokens
+    from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
+    from .match_pairs import match_pairs
+    from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
@@ -27,6 +30,7 @@ if __name__ == "tokcompile.kernels":
     from .strided_tokens import strided_tokens
     from .token_cosine import token_cosine
     from .token_norm import token_norm
+    from .token_source import token_source
     from .topk_mask import topk_mask
 
 __all__ = [
@@ -40,9 +44,12 @@ __all__ = [
     "fill_mask",
     "first_members",
     "gather_tokens",
+    "inverse_map",
     "kept_indices",
     "kmeans_assign",
     "last_valid",
+    "match_pairs",
+    "merge_pairs",
     "merge_weights",
     "mix_tokens",
     "names",
@@ -54,5 +61,6 @@ __all__ = [
     "strided_tokens",
     "token_cosine",
     "token_norm",
+    "token_source",
     "topk_mask",
 ]
