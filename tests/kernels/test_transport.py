@@ -76,8 +76,10 @@ def frame(seed: int, batch: int, height: int, width: int, kept: int, channels: i
 def merge(x, keep, features, places, height, width, iterations=2, hard=0.1) -> tuple[Tensor, Tensor]:
     cost = ops.transport_cost(*features, *places, height, width, 0.5)
     plan = ops.transport_plan(cost, 0.1, iterations)
-    weights = ops.transport_weights(plan, ops.nearest_kept(*features), keep, None, hard, "plan")
-    return weights @ x, plan
+    weights = ops.transport_weights(plan, keep, None, "plan")
+    nearest = ops.nearest_tokens(x, places[0], None)
+    weights = (1 - hard) * weights + hard * ops.merge_weights(nearest, places[0], "average")
+    return ops.mix_tokens(x, places[0], weights), plan
 
 
 shapes = st.tuples(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(2, 5)).flatmap(
@@ -188,7 +190,7 @@ def test_identical_tokens_stay_as_they_are():
     torch.testing.assert_close(got, token.expand(2, 6, 6), rtol=1e-6, atol=1e-6)
     plan = ops.transport_plan(ops.transport_cost_over_time(*features, 1.0, 1.5), 0.1, 2)
     torch.testing.assert_close(plan, torch.full_like(plan, 1 / (6 * 19)), rtol=1e-5, atol=0)
-    weights = ops.transport_weights(plan, None, keep, None, 0.0, "row")
+    weights = ops.transport_weights(plan, keep, None, "row")
     torch.testing.assert_close(weights @ x, token.expand(2, 6, 6), rtol=1e-6, atol=1e-6)
 
 
@@ -234,7 +236,7 @@ def test_a_frame_is_merged_into_the_keyframe(seed, first, later, ratio):
     assert mask[0].nonzero().flatten().tolist() == stay
     keep = torch.tensor([[True] * first + [False] * later])
     among = torch.cat([torch.zeros(1, first, dtype=torch.bool), ~mask], 1)
-    weights = ops.transport_weights(plan, None, keep, among, 0.0, "row")
+    weights = ops.transport_weights(plan, keep, among, "row")
     got = weights @ torch.cat([keyframe, tokens], 1)
     shares = plan[0].double().T / plan[0].double().T.sum(1, keepdim=True)
     for k in range(first):
@@ -244,13 +246,13 @@ def test_a_frame_is_merged_into_the_keyframe(seed, first, later, ratio):
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from(["plan", "row"]), st.sampled_from([0.0, 0.1]))
-def test_weights_sum_to_one_and_an_anchor_gives_to_itself_alone(shape, normalise, hard):
+@given(shapes, st.sampled_from(["plan", "row"]))
+def test_weights_sum_to_one_and_an_anchor_gives_to_itself_alone(shape, normalise):
     (seed, batch, height, width), kept = shape
     _, keep, features, places = frame(seed, batch, height, width, kept)
     plan = ops.transport_plan(ops.transport_cost(*features, *places, height, width, 0.5), 0.1, 2)
     among = torch.rand(keep.shape) > 0.5
-    weights = ops.transport_weights(plan, ops.nearest_kept(*features), keep, among, hard, normalise)
+    weights = ops.transport_weights(plan, keep, among, normalise)
     torch.testing.assert_close(weights.sum(2), torch.ones(batch, kept), rtol=1e-6, atol=0)
     for b in range(batch):
         for k, t in enumerate(keep[b].nonzero().flatten().tolist()):
@@ -259,18 +261,12 @@ def test_weights_sum_to_one_and_an_anchor_gives_to_itself_alone(shape, normalise
         assert (weights[b][:, ~keep[b] & ~among[b]] == 0).all()
 
 
-def test_an_assignment_is_to_the_most_alike_and_the_first_of_equals():
-    kept = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [5.0, 0.0], [0.0, 0.0]]])
-    gone = torch.tensor([[[3.0, 0.1], [0.1, 3.0], [-1.0, -1.0], [0.0, 0.0]]])
-    assert ops.nearest_kept(kept, gone).tolist() == [[1, 0, 3, 0]]
-
-
 def test_transport_has_gradients():
     torch.manual_seed(0)
     _, keep, (kept, gone), places = frame(17, 1, 3, 3, 4)
     kept.requires_grad_()
     plan = ops.transport_plan(ops.transport_cost(kept, gone, *places, 3, 3, 0.5), 0.1, 3)
-    weights = ops.transport_weights(plan, ops.nearest_kept(kept, gone), keep, None, 0.1, "plan")
+    weights = ops.transport_weights(plan, keep, None, "plan")
     (grad,) = torch.autograd.grad(weights.square().sum(), kept)
     assert grad.isfinite().all() and grad.abs().max() > 0
 
@@ -346,7 +342,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(RuntimeError, match="cannot select k=5 of 4"):
         ops.window_topk_mask(torch.zeros(1, 16), 4, 4, 2, 2, 5)
     with pytest.raises(ValueError, match="kept must be"):
-        ops.nearest_kept(x, torch.zeros(1, 4, 2))
+        ops.transport_cost_over_time(x, torch.zeros(1, 4, 2), 1.0, 1.5)
     with pytest.raises(ValueError, match="places"):
         ops.transport_cost(x, x, at[:, :2], at, 2, 2, 0.5)
     with pytest.raises(ValueError, match="at least one row"):
@@ -356,8 +352,6 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="iterations 0"):
         ops.transport_plan(x, 0.1, 0)
     with pytest.raises(ValueError, match="normalise must be one of plan, row"):
-        ops.transport_weights(x, None, keep, None, 0.0, "column")
-    with pytest.raises(ValueError, match="needs `nearest`"):
-        ops.transport_weights(x, None, keep, None, 0.1, "plan")
+        ops.transport_weights(x, keep, None, "column")
     with pytest.raises(ValueError, match="keep bool"):
-        ops.transport_weights(x, None, keep.long(), None, 0.0, "plan")
+        ops.transport_weights(x, keep.long(), None, "plan")

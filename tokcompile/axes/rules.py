@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tokcompile.axes.assigning import batched, centres, crossed, slots, spread, super_tokens, weights
 from tokcompile.axes.atoms import divide, fresh, product, resolve, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
+from tokcompile.axes.merging import merge_weights, mix_tokens, nearest, pool_matrix, representatives
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
 from tokcompile.axes.sorts import numbered, ordered, written
 from tokcompile.axes.views import (
@@ -237,46 +239,6 @@ def leading(count: int) -> Callable[[Context, Node], Dims]:
     return lambda ctx, node: list(ctx.of(node.args[0])[:count])
 
 
-def crossed(ctx: Context, node: Node) -> Dims:
-    """tokred::transport_cost: one number for each pair of tokens of two values."""
-    batch, kept, _ = ctx.of(node.args[0])
-    return [batch, kept, ctx.of(node.args[1])[1]]
-
-
-def weights(ctx: Context, node: Node) -> Dims:
-    """tokred::transport_weights: one number for each new and each old token."""
-    return [*ctx.of(node.args[0])[:2], ctx.of(node.args[2])[1]]
-
-
-def of_other(ctx: Context, node: Node) -> Dims:
-    """tokred::nearest_kept: one number for each token of the second value."""
-    return list(ctx.of(node.args[1])[:2])
-
-
-def batched(ctx: Context, node: Node) -> Dims:
-    """Operators that make something new of each batch row."""
-    return [ctx.of(node.args[0])[0], *(fresh(size) for size in shape(node)[1:])]
-
-
-def slots(ctx: Context, node: Node) -> Dims:
-    """tokred::cluster_slots: so many numbers for each centre."""
-    return [*ctx.of(node.args[1]), fresh(shape(node)[2])]
-
-
-def super_tokens(ctx: Context, node: Node) -> Dims:
-    """tokred::super_token_pool: the cells of an affinity."""
-    batch, _, width = ctx.of(node.args[0])
-    return [batch, ctx.of(node.args[1])[1], width]
-
-
-def spread(ctx: Context, node: Node) -> Dims:
-    """tokred::super_token_spread: the tokens that the affinity was made of."""
-    batch, _, width = ctx.of(node.args[0])
-    affinity = node.args[1]
-    made = affinity.target is torch.ops.tokred.super_token_affinity.default
-    return [batch, ctx.of(affinity.args[0])[1] if made else fresh(shape(node)[1]), width]
-
-
 RULES: dict[Any, Callable[[Context, Node], Any]] = {operator.getitem: getitem}
 
 
@@ -429,11 +391,18 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "transport_cost_over_time": crossed,
     "transport_plan": like_first,
     "transport_weights": weights,
-    "nearest_kept": of_other,
-    "density_peaks": batched,
+    "density_peaks": centres,
     "cluster_labels": leading(2),
     "cluster_slots": slots,
     "super_token_affinity": batched,
     "super_token_pool": super_tokens,
     "super_token_spread": spread,
+    "mix_tokens": mix_tokens,
+    "merge_weights": merge_weights,
+    "nearest_tokens": nearest,
+    "strided_tokens": representatives,
+    "first_members": representatives,
+    "kmeans_assign": leading(2),
+    "pool_matrix": pool_matrix,
+    "elbow": leading(1),
 }

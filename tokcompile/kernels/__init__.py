@@ -14,16 +14,23 @@ if __name__ == "tokcompile.kernels":
     from .density_peaks import density_peaks
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
+    from .elbow import elbow
     from .fill_mask import fill_mask
+    from .first_members import first_members
     from .gather_tokens import gather_tokens
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
+    from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
-    from .nearest_kept import nearest_kept
+    from .merge_weights import merge_weights
+    from .mix_tokens import mix_tokens
+    from .nearest_tokens import nearest_tokens
+    from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .splice_values import splice_values
+    from .strided_tokens import strided_tokens
     from .super_token_affinity import super_token_affinity
     from .super_token_pool import super_token_pool
     from .super_token_spread import super_token_spread
@@ -47,18 +54,25 @@ __all__ = [
     "density_peaks",
     "dilate",
     "dilate_by_width",
+    "elbow",
     "fill_mask",
+    "first_members",
     "gather_tokens",
     "inverse_map",
     "kept_indices",
+    "kmeans_assign",
     "last_valid",
     "match_pairs",
     "merge_pairs",
+    "merge_weights",
+    "mix_tokens",
     "names",
-    "nearest_kept",
+    "nearest_tokens",
+    "pool_matrix",
     "random_scores",
     "reference_of",
     "splice_values",
+    "strided_tokens",
     "super_token_affinity",
     "super_token_pool",
     "super_token_spread",

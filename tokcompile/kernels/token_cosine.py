@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cosine, _library
+from . import _library, _vectors
 
 
 def reference(x: Tensor, reference: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def reference(x: Tensor, reference: Tensor) -> Tensor:
         )
     several = reference if reference.dim() == 3 else reference.unsqueeze(1)
     # The mean of dot products is the dot product with the mean: R costs nothing per token.
-    mean = _cosine.unit(several.to(torch.float32)).mean(1, keepdim=True)
-    return (_cosine.unit(x.to(torch.float32)) * mean).sum(-1)
+    mean = _vectors.unit(several.to(torch.float32)).mean(1, keepdim=True)
+    return (_vectors.unit(x.to(torch.float32)) * mean).sum(-1)
 
 
 token_cosine = _library.define("token_cosine(Tensor x, Tensor reference) -> Tensor", reference)

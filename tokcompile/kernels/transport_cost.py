@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cosine, _library
+from . import _library, _vectors
 
 
 def reference(
@@ -34,7 +34,7 @@ def reference(
     rows = _apart(kept_at // width, gone_at // width, height)
     columns = _apart(kept_at % width, gone_at % width, width)
     # Integers to the root's argument: equal places are 0 apart, in whatever way the target computes.
-    return (1 - _cosine.cosines(kept, gone)) + distance * (rows.square() + columns.square()).sqrt()
+    return (1 - _vectors.cosines(kept, gone)) + distance * (rows.square() + columns.square()).sqrt()
 
 
 def _apart(one: Tensor, other: Tensor, count: int) -> Tensor:

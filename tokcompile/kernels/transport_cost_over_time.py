@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from . import _cosine, _library
+from . import _library, _vectors
 
 _CLOSEST = 1 - 1e-6
 
@@ -28,7 +28,7 @@ def reference(kept: Tensor, gone: Tensor, frames: float, spread: float) -> Tenso
     Raises:
         ValueError: values of other shapes.
     """
-    apart = 1 - _cosine.cosines(kept, gone).clamp(-_CLOSEST, _CLOSEST)
+    apart = 1 - _vectors.cosines(kept, gone).clamp(-_CLOSEST, _CLOSEST)
     later = 1 - math.exp(-(frames**2) / (2 * spread**2 + 1e-9))
     return (apart - apart.amin((1, 2), keepdim=True)) * later
 
