@@ -25,8 +25,8 @@ def bias_keys(editor: Editor, site: Attention, bias: Node) -> None:
     Raises:
         EditError: the attention is spelled in a way that takes no such number.
     """
-    node = site.node
-    with editor.before(node):
+    node, softmax = site.node, softmax_of(site)
+    with editor.before(node if softmax is None else softmax):
         wide = editor.call(aten.to.dtype, bias, site.query.meta["val"].dtype)
         for _ in range(2):
             wide = editor.call(aten.unsqueeze.default, wide, 1)
@@ -38,7 +38,7 @@ def bias_keys(editor: Editor, site: Attention, bias: Node) -> None:
         if site.padding is not None:
             _replace_registered(editor, site, wide)
             return
-    _written_out(editor, site, wide)
+        _written_out(editor, site, softmax, wide)
 
 
 def _composed(editor: Editor, site: Attention, mask: Node | None, bias: Node, causal: bool) -> Node:
@@ -88,8 +88,7 @@ def _replace_registered(editor: Editor, site: Attention, bias: Node) -> None:
     editor.replace(site.node, made)
 
 
-def _written_out(editor: Editor, site: Attention, bias: Node) -> None:
-    softmax = softmax_of(site)
+def _written_out(editor: Editor, site: Attention, softmax: Node | None, bias: Node) -> None:
     if softmax is None or site.sinks is not None or site.partial or site.softcap:
         raise EditError(
             "the scores of this attention cannot be added to",
@@ -97,7 +96,6 @@ def _written_out(editor: Editor, site: Attention, bias: Node) -> None:
             found="scores with sinks, a cap or several masks",
             remedy="load the model with fused attention (attn_implementation='sdpa')",
         )
-    with editor.before(softmax):
-        scores = softmax.args[0]
-        wide = editor.call(aten.to.dtype, bias, scores.meta["val"].dtype)
-        editor.swap_input(softmax, scores, editor.call(aten.add.Tensor, scores, wide))
+    scores = softmax.args[0]
+    wide = editor.call(aten.to.dtype, bias, scores.meta["val"].dtype)
+    editor.swap_input(softmax, scores, editor.call(aten.add.Tensor, scores, wide))
