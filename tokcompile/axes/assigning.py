@@ -17,7 +17,7 @@ def crossed(ctx: Context, node: Node) -> Dims:
 
 def weights(ctx: Context, node: Node) -> Dims:
     """tokred::transport_weights: one number for each new and each old token."""
-    return [*ctx.of(node.args[0])[:2], ctx.of(node.args[2])[1]]
+    return [*ctx.of(node.args[0])[:2], ctx.of(node.args[1])[1]]
 
 
 def batched(ctx: Context, node: Node) -> Dims:

@@ -1,5 +1,6 @@
 """The passes: one verb of a rule a file. Each takes the context of a rule's application and one step."""
 
+from tokcompile.passes import clusters, optimal_transport  # noqa: F401  register ways to merge
 from tokcompile.passes.context import Context, Scores, Selection
 from tokcompile.passes.drop import drop
 from tokcompile.passes.merge import merge
