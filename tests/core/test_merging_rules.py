@@ -226,7 +226,7 @@ IN_THE_TEXT = """
 rule: late
 about: Merge where image tokens stand among those of the text.
 steps:
-  - merge: {by: clusters, at: decoder.1.input, count: 4}
+  - merge: {by: kmeans, at: decoder.1.input, count: 4}
 """
 
 

@@ -82,6 +82,50 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     ),
     "token_norm": (lambda b: (floats(b, 12, 4),), lambda x: ops.token_norm(x, 2.0)),
     "token_cosine": (lambda b: (floats(b, 12, 4), floats(b, 4)), lambda x, r: ops.token_cosine(x, r)),
+    "window_topk_mask": (lambda b: (floats(b, 24),), lambda scores: ops.window_topk_mask(scores, 4, 6, 2, 3, 2)),
+    "transport_cost": (
+        lambda b: (
+            floats(b, 3, 8),
+            floats(b, 5, 8),
+            torch.arange(3 * b).view(b, 3) % 12,
+            torch.arange(5 * b).view(b, 5) * 5 % 12,
+        ),
+        lambda kept, gone, here, there: ops.transport_cost(kept, gone, here, there, 3, 4, 0.5),
+    ),
+    "transport_cost_over_time": (
+        lambda b: (floats(b, 3, 8), floats(b, 5, 8)),
+        lambda kept, gone: ops.transport_cost_over_time(kept, gone, 2.0, 1.5),
+    ),
+    "transport_plan": (lambda b: (floats(b, 3, 5),), lambda cost: ops.transport_plan(cost, 0.1, 4)),
+    "transport_weights": (
+        lambda b: (
+            floats(b, 3, 5).abs(),
+            (torch.arange(8) % 3 == 1).expand(b, 8).clone(),
+            bools(b, 8),
+        ),
+        lambda plan, keep, among: ops.transport_weights(plan, keep, among, "row"),
+    ),
+    "density_peaks": (lambda b: (floats(b, 12, 4),), lambda x: ops.density_peaks(x, 6, 5)),
+    "cluster_labels": (
+        lambda b: (floats(b, 12, 4), torch.arange(12).flip(0)[:5].expand(b, 5).clone()),
+        lambda x, centres: ops.cluster_labels(x, centres),
+    ),
+    "cluster_slots": (
+        lambda b: (floats(b, 12, 4), torch.arange(5).expand(b, 5).clone(), torch.arange(12 * b).view(b, 12) % 5),
+        lambda x, centres, labels: ops.cluster_slots(x, centres, labels, 4),
+    ),
+    "super_token_affinity": (
+        lambda b: (floats(b, 35, 4),),
+        lambda x: ops.super_token_affinity(x, 5, 7, 2, 3, 2, False),
+    ),
+    "super_token_pool": (
+        lambda b: (floats(b, 35, 4), floats(b, 9, 6, 9).softmax(-1)),
+        lambda x, affinity: ops.super_token_pool(x, affinity, 5, 7, 2, 3),
+    ),
+    "super_token_spread": (
+        lambda b: (floats(b, 9, 4), floats(b, 9, 6, 9).softmax(-1)),
+        lambda x, affinity: ops.super_token_spread(x, affinity, 5, 7, 2, 3),
+    ),
     "mix_tokens": (
         lambda b: (floats(b, 12, 4), torch.arange(5 * b).view(b, 5) % 12, floats(b, 5, 12)),
         lambda x, source, weights: ops.mix_tokens(x, source, weights),

@@ -22,3 +22,14 @@ def likeness(left: Tensor, right: Tensor) -> Tensor:
     tokens would no longer tie.
     """
     return torch.matmul(left.to(torch.float64), right.to(torch.float64).transpose(1, 2)).to(torch.float32)
+
+
+def cosines(kept: Tensor, gone: Tensor) -> Tensor:
+    """Cosine of each token of [B, n, C] and each of [B, M, C], float32 [B, n, M]; a zero vector has 0 to all.
+
+    Raises:
+        ValueError: values of other shapes.
+    """
+    if kept.dim() != 3 or gone.dim() != 3 or kept.shape[-1] != gone.shape[-1]:
+        raise ValueError(f"kept must be [B, n, C] and gone [B, M, C], not {list(kept.shape)} and {list(gone.shape)}")
+    return likeness(unit(kept.to(torch.float32)), unit(gone.to(torch.float32)))

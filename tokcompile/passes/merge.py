@@ -12,17 +12,20 @@ from tokcompile.axes import product
 from tokcompile.counts import images_per_row
 from tokcompile.edit import length_value
 from tokcompile.errors import EditError
-from tokcompile.passes.clusters import clusters
 from tokcompile.passes.context import Context
+from tokcompile.passes.density_peaks import merge_by_density
 from tokcompile.passes.drop import check_positions
+from tokcompile.passes.kmeans import kmeans
 from tokcompile.passes.merging import Merging
 from tokcompile.passes.nearest import nearest
+from tokcompile.passes.optimal_transport import merge_by_transport
 from tokcompile.passes.pairs import merge_pairs
 from tokcompile.passes.pool import pool
 from tokcompile.passes.restore import restore
+from tokcompile.passes.super_tokens import attend_to_super_tokens
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
-from tokcompile.sites.features import Sequence, features, sequence
+from tokcompile.sites.features import Sequence, features, find_shuffle, sequence
 from tokcompile.steps import Merge
 from tokcompile.tokenmap import map_of
 from tokcompile.transport import Transport
@@ -32,7 +35,9 @@ tokred = torch.ops.tokred
 METHODS: dict[str, Callable[[Context, Merge, Place, Sequence], Merging | None]] = {
     "pool": pool,
     "nearest": nearest,
-    "clusters": clusters,
+    "kmeans": kmeans,
+    "transport": merge_by_transport,
+    "density_peaks": merge_by_density,
 }
 """By the name that `by:` has, what makes a merging of a value [B, T, C], or None to keep all; nodes are inserted after
 that value."""
@@ -42,6 +47,9 @@ def merge(ctx: Context, step: Merge) -> None:
     """Replace the tokens at the step's address by fewer; one that keeps all leaves the graph as it is."""
     if step.by == "pairs":
         merge_pairs(ctx, step)
+        return
+    if step.by == "super_tokens":
+        attend_to_super_tokens(ctx, step)
         return
     place = resolve_address(ctx.sites, step.at)
     at = rows_of_tokens(ctx, place.node)
@@ -59,6 +67,7 @@ def merge(ctx: Context, step: Merge) -> None:
         record["to"] = str(length_value(made.new))
         like = ctx.editor.call(aten.select.int, rows, -1, 0)
         token_map = map_of(ctx.editor, made.index, like, at, old, made.new, step.positions)
+        token_map = replace(token_map, placed=made.placed)
         content = made.content(token_map.source)
         if at.packed:
             sizes = [*place.node.meta["val"].shape[: at.dim], -1, place.node.meta["val"].shape[-1]]
@@ -89,7 +98,8 @@ def rows_of_tokens(ctx: Context, node: Node) -> Sequence:
         EditError: the value has another form.
     """
     at = sequence(ctx.program, ctx.sites, node) or _of_images(ctx, node)
-    if at is None or not (at.packed or node.meta["val"].ndim == 3):
+    shuffled = at is not None and at.packed and find_shuffle(ctx.program, at.axis) is not None
+    if at is None or shuffled or not (at.packed or node.meta["val"].ndim == 3):
         raise EditError(
             "tokens can be merged in a value [B, T, C], or in the packed features [n, C] of rows with as many each",
             where=[node_place(node)],

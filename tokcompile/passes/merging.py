@@ -26,15 +26,17 @@ class Merging:
         new: T'.
         content: makes the new tokens [B, T', C], given the token map's source.
         inverse: int64 [B, T], the new token that holds each old one; None where old tokens are in several.
+        placed: int64 [B, T'], where new tokens take their positions from, if that is not `index`.
     """
 
     index: Node
     new: Length
     content: Callable[[Node], Node]
     inverse: Node | None = None
+    placed: Node | None = None
 
 
-def image_tokens(ctx: Context, place: Place, at: Sequence) -> int:
+def tokens_of_images(ctx: Context, place: Place, at: Sequence) -> int:
     """How many tokens of images there are to merge in each row.
 
     Raises:

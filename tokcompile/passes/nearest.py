@@ -9,7 +9,7 @@ from tokcompile.axes import Dim, resolve
 from tokcompile.axes.context import arg
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, class_tokens, oldest
-from tokcompile.passes.merging import Merging, image_tokens
+from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
 from tokcompile.sites.features import Sequence
@@ -28,7 +28,7 @@ def nearest(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | 
     Returns:
         None where no more tokens would be merged than are left.
     """
-    tokens, count, editor = image_tokens(ctx, place, at), int(step.count), ctx.editor
+    tokens, count, editor = tokens_of_images(ctx, place, at), int(step.count), ctx.editor
     chosen = ctx.values[step.keep]
     stay = int(chosen.count)
     if resolve(chosen.axis) != resolve(at.axis):

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
-from tokcompile.passes.merging import Merging, image_tokens
+from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
 from tokcompile.sites.features import Sequence
@@ -24,7 +24,7 @@ def pool(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | Non
     Returns:
         None where the grid has no more rows and columns than these.
     """
-    image_tokens(ctx, place, at)
+    tokens_of_images(ctx, place, at)
     grid = patch_grid(ctx.program, at.axis)
     if grid is None:
         raise EditError(

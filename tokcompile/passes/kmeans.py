@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.passes.context import Context
-from tokcompile.passes.merging import Merging, image_tokens
+from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.sites import Place
 from tokcompile.sites.features import Sequence
 from tokcompile.steps import Merge
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 tokred = torch.ops.tokred
 
 
-def clusters(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | None:
+def kmeans(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | None:
     """Replace tokens by the means of as many clusters as the step asks for, in the order of the clusters' numbers.
 
     A cluster stands for its first token; one without tokens is a zero vector.
@@ -24,7 +24,7 @@ def clusters(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging |
         None where there are no more tokens than clusters.
     """
     count = int(step.count)
-    if count >= image_tokens(ctx, place, at):
+    if count >= tokens_of_images(ctx, place, at):
         return None
     editor, node = ctx.editor, place.node
     labels = editor.call(tokred.kmeans_assign.default, node, count, int(step.iterations), int(step.seed))
