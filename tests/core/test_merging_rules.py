@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tokcompile
 from tokcompile.models import families
+from tokcompile.rulefile import LIBRARY
 
 STEPS = 4
 PADS = {1: (), 3: (2, 0, 1)}
@@ -179,9 +180,14 @@ def test_a_class_token_that_is_not_there_looks_at_nothing() -> None:
     assert "queries: all" in error.remedy
 
 
-def test_a_class_token_among_the_features_is_not_merged_with_them() -> None:
-    model = fleet.shared("llava-last")
-    error = _refused(model, "class tokens are among the features", rule="visionzip", dominant=4, contextual=2)
+def test_a_class_token_among_the_features_is_not_merged_with_them(tmp_path: Path) -> None:
+    """The rule itself is refused before that: where features have no grid, a budget of one image means nothing."""
+    options = {"dominant": 4, "contextual": 2}
+    _refused(fleet.shared("llava-last"), "a budget per image needs", rule="visionzip", **options)
+    path = tmp_path / "rows.yaml"
+    path.write_text((LIBRARY / "visionzip.yaml").read_text().replace("per: image", "per: row"))
+    torch._dynamo.reset()
+    error = _refused(fleet.shared("llava-last"), "class tokens are among the features", rule=str(path), **options)
     assert error.where
 
 
