@@ -10,6 +10,7 @@ import merging_naive
 import naive
 import pytest
 import torch
+from core.test_export import exported
 from harness import difference, greedy, prune, refusal
 from torch import Tensor, nn
 
@@ -252,3 +253,18 @@ def test_images_of_any_size_are_refused(rule: str) -> None:
     with pytest.raises(Exception, match="number of image tokens is not known|needs the patch grid") as caught:
         pruned(**fleet.example(model, 2))
     assert refusal(caught.value).remedy
+
+
+# Exported programs.
+
+
+@each_rule
+def test_a_rewritten_program_equals_the_run_by_hand_and_decomposes(rule: str) -> None:
+    options, merge = RULES[rule]
+    model, inputs, program = exported()
+    rewritten = tokcompile.rewrite(program, rule, **options)
+    expected = merging_naive.run(model, inputs, merge).logits
+    assert difference(rewritten.module()(**inputs), expected) <= 1e-5
+    lowered = rewritten.run_decompositions()
+    assert not any("tokred" in str(n.target) for n in lowered.graph.nodes)
+    assert difference(lowered.module()(**inputs), expected) <= 1e-5
