@@ -203,6 +203,38 @@ def explain(
             typer.echo(f"wrote {html}")
 
 
+@app.command()
+@shows_errors
+def lint(
+    model: Model,
+    rule: Annotated[str | None, typer.Argument(metavar="[RULE]", help="A rule to look at, by name or path.")] = None,
+    options: Options = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N", help="Largest position: N, or STACK=N, or STACK.COORDINATE=N; may be repeated."),
+    ] = None,
+    eps: Annotated[float, typer.Option(help="Coherence that the slowest frequency keeps, between 0 and 1.")] = 0.95,
+    exact_d: Annotated[bool, typer.Option("--exact-d", help="Bounds with the rotary dimension.")] = False,
+    tables: Annotated[bool, typer.Option(help="Build the tables of all positions.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Advise on rotary bases for a length, and on work that a rule does for nothing. Never fails on what it finds."""
+    from tokcompile.rulefile import load_rule
+
+    rules = [load_rule(rule).bind(**key_values(options or []))] if rule is not None else []
+    with waiting(f"capturing {model}"):
+        from tokcompile import lint as run
+        from tokcompile import lintpages, modelsource
+
+        lengths = run.Lengths.parse(context or [])
+        source = modelsource.load_source(model)
+        found = run.lint(source, lengths, rules=rules, eps=eps, exact_d=exact_d, tables=tables)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(lintpages.render(found, is_plain()))
+
+
 def key_values(words: list[str]) -> dict[str, Any]:
     """Read `key=value` words; values as YAML has them, so that 64, 0.5 and 1/3 mean what they mean in a rule file."""
     found: dict[str, Any] = {}
