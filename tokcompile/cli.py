@@ -272,6 +272,41 @@ def demo(
         typer.echo(f"wrote {out / 'report.html'} and {out / 'report.json'}")
 
 
+@app.command()
+@shows_errors
+def sweep(
+    rules: Annotated[
+        list[str] | None, typer.Option(help="Rules, by name or path, with commas between; all that have `keep`.")
+    ] = None,
+    keeps: Annotated[list[str] | None, typer.Option(help="Budgets, with commas between.")] = None,
+    images: Annotated[int, typer.Option(help="Test images.", min=1)] = 1000,
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
+    target: Annotated[str, typer.Option(help="eager, aot_eager or inductor.")] = "eager",
+    out: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.md and sweep.svg.")] = Path("build/sweep"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the cells that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure rules by budgets on a small trained model: accuracy and tokens. Goes on where it was interrupted."""
+    from tokcompile import sweep as run
+    from tokcompile import sweep_page
+
+    sweep_page.needs_matplotlib()
+    words = {"rules": _commas(rules), "keeps": _commas(keeps) or run.KEEPS}
+    settings = run.Settings(**words, images=images, batch=batch, target=target)
+    with progress() as bar:
+        found = run.run(settings, run.Store(out / sweep_page.CELLS, fresh), bar)
+    written = sweep_page.write(found, out)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(sweep_page.render(found, is_plain()))
+        typer.echo(f"wrote {out / sweep_page.CELLS}, {' and '.join(map(str, written))}")
+
+
+def _commas(words: list[str] | None) -> tuple[str, ...]:
+    return tuple(part.strip() for word in words or () for part in word.split(",") if part.strip())
+
+
 def main() -> None:
     """Run the command line."""
     app()
