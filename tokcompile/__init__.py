@@ -4,6 +4,7 @@ from tokcompile.api import compile, export, restore, rewrite
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.imagesizes import precompute
 from tokcompile.recording import Recording
+from tokcompile.weights import Weights
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "Recording",
     "RuleError",
     "TokredError",
+    "Weights",
     "compile",
     "export",
     "precompute",

@@ -12,7 +12,7 @@ from tokcompile.errors import RuleError, known
 from tokcompile.expr import has_expression
 
 STACKS = ("vision", "decoder", "encoder")
-BLOCK_PARTS = ("attention", "input", "output", "cache", "rotary")
+BLOCK_PARTS = ("attention", "input", "middle", "output", "cache", "rotary")
 WHOLE = {
     "projector": ("input", "output"),
     "splice": ("input", "output"),
@@ -39,7 +39,7 @@ class Address:
         stack: `vision`, `decoder`, `encoder`, or a site that exists once: `projector`, `splice`, `embedding`, `head`.
         index: block of the stack: a number (negative counts from the end), `features` (the last block whose output the
             model uses), `*`, or an unresolved expression; None for a place of the whole stack or of a single site.
-        part: what of it: `attention`, `input`, `output`, `cache` or `rotary`.
+        part: what of it: `attention`, `input`, `middle` (after the attention was added), `output`, `cache` or `rotary`.
     """
 
     stack: str

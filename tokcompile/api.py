@@ -17,8 +17,10 @@ from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
+from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
+_WEIGHTS = "tokred"
 
 
 def compile(
@@ -28,6 +30,7 @@ def compile(
     rules: Sequence[Any] | None = None,
     target: str = "inductor",
     dynamic: bool | None = None,
+    weights: Weights | None = None,
     **params: Any,
 ) -> torch.nn.Module:
     """Compile a model in place under rules, ready for `model(...)` and `model.generate(...)`.
@@ -43,6 +46,8 @@ def compile(
         rules: several rules, in order, each a name or a mapping with `rule` and its parameters.
         target: `inductor`, `eager` or `aot_eager`.
         dynamic: as for torch.compile.
+        weights: parameters that rules bring; made where none are given. They become the model's own, as its submodule
+            `tokred`, and so are trained and saved with it.
 
     Returns:
         The model itself.
@@ -56,10 +61,13 @@ def compile(
     options |= params
     parse_rules(options, reserved=("record", "replay", "report"))
     prepare()
+    restore(model)
     before = attention.install(model)
     if before is not None:
         setattr(model, _BEFORE, before)
-    model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target})
+    weights = Weights() if weights is None else weights
+    model.add_module(_WEIGHTS, weights)
+    model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target, "weights": weights})
     imagesizes.install(model)
     if imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl)
@@ -86,6 +94,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     if before is not None:
         attention.restore(model, before)
     imagesizes.restore(model)
+    model._modules.pop(_WEIGHTS, None)
     model._compiled_call_impl = None
     return model
 
@@ -111,27 +120,64 @@ def rewrite(
     rule: str | Path | None = None,
     *,
     rules: Sequence[Any] | None = None,
+    weights: Weights | None = None,
     **params: Any,
 ) -> torch.export.ExportedProgram:
     """Rewrite an exported program by rules; the result is a valid exported program, the given one stays as it is.
 
     Args:
         exported: from `torch.export.export`.
-        rule, rules, params: as for `compile`.
+        rule, rules, weights, params: as for `compile`; parameters that a rule brings are `tokred.RULE.NAME` of the
+            program's state.
 
     Raises:
         TokredError: the rule is wrong, or its edit cannot be done soundly on this graph.
     """
     options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
     program = from_export(exported)
+    if weights is not None:
+        program.weights = weights
     apply_rules(program, parse_rules({**options, **params}))
-    return exported._update(program.gm, _signature(exported.graph_signature, program))
+    added = _lift(program)
+    signature = _signature(exported.graph_signature, program, added)
+    state = {**exported.state_dict, **{name: value for _, name, value in added}}
+    return exported._update(program.gm, signature, state_dict=state)
 
 
-def _signature(old: torch.export.ExportGraphSignature, program: Program) -> torch.export.ExportGraphSignature:
+def _lift(program: Program) -> list[tuple[str, str, torch.nn.Parameter]]:
+    """Make the parameters that rules brought inputs of the graph, as those of an exported program are.
+
+    Returns:
+        For each the name of its input, its name in the state, and its value.
+    """
+    added = []
+    first = next(iter(program.graph.nodes))
+    for node in [n for n in program.graph.nodes if n.op == "get_attr" and "weight" in n.meta]:
+        value = program.gm.get_parameter(str(node.target))
+        name = f"p_{node.target}"
+        with program.graph.inserting_before(first):
+            lifted = program.graph.placeholder(name)
+        lifted.meta.update(node.meta)
+        node.replace_all_uses_with(lifted)
+        program.graph.erase_node(node)
+        delattr(program.gm, str(node.target))
+        added.append((lifted.name, f"tokred.{node.meta['weight']}", value))
+    program.gm.recompile()
+    return added
+
+
+def _signature(
+    old: torch.export.ExportGraphSignature, program: Program, added: Sequence[tuple[str, str, torch.nn.Parameter]]
+) -> torch.export.ExportGraphSignature:
     """The signature with the names that the outputs have now; what they are, and their order, stays."""
+    inputs = [
+        torch.export.graph_signature.InputSpec(
+            torch.export.graph_signature.InputKind.PARAMETER, torch.export.graph_signature.TensorArgument(name), target
+        )
+        for name, target, _ in added
+    ]
     outputs = [
         replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, torch.fx.Node) else spec
         for spec, node in zip(old.output_specs, program.output.args[0], strict=True)
     ]
-    return torch.export.ExportGraphSignature(old.input_specs, outputs)
+    return torch.export.ExportGraphSignature([*inputs, *old.input_specs], outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
@@ -19,8 +20,9 @@ from tokcompile.program import Program
 from tokcompile.recording import Recording, record, replay
 from tokcompile.rulefile import parse_rules, rule_names
 from tokcompile.sites import find_sites
+from tokcompile.weights import Weights
 
-RESERVED = ("target", "record", "replay", "report")
+RESERVED = ("target", "record", "replay", "report", "weights")
 """Options that are not a rule's parameters."""
 
 # torch.compile imports this module when it looks the backend up, which is before it traces anything.
@@ -43,7 +45,7 @@ def tokred(
         gm: graph from Dynamo.
         example_inputs: its example inputs.
         options: `rule` with its parameters, or `rules`; `target` (`inductor`, `eager`, `aot_eager`); `record` and
-            `replay` (a `Recording`); `report` (a `Report`).
+            `replay` (a `Recording`); `report` (a `Report`); `weights` (`Weights`, or a safetensors file of them).
         mode: not used; torch.compile passes it on.
 
     Raises:
@@ -61,6 +63,7 @@ def tokred(
     rules = parse_rules(options, reserved=RESERVED)
     pieces.note(gm)
     program = from_dynamo(gm, example_inputs)
+    program.weights = _weights(options.get("weights"))
     rules = rules_here(rules, find_sites(program), pieces)
     if not rules:
         return lower(program.gm, example_inputs, options.get("target", "inductor"))
@@ -77,6 +80,20 @@ def tokred(
     if isinstance(options.get("record"), Recording) and applied[0].phase == "prefill":
         wrap = record(program, options["record"])
     return wrap(lower(program.gm, example_inputs, options.get("target", "inductor")))
+
+
+def _weights(given: Any) -> Weights:
+    if given is None:
+        return Weights()
+    if isinstance(given, str | Path):
+        return Weights.load(given)
+    if not isinstance(given, Weights):
+        raise RuleError(
+            "option 'weights' holds no weights",
+            found=repr(given)[:80],
+            remedy="tokcompile.Weights, or a .safetensors file",
+        )
+    return given
 
 
 def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:

@@ -68,6 +68,12 @@ class Editor:
         self._finish(node)
         return node
 
+    def parameter(self, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Node:
+        """A parameter that this rule brings; see `Program.parameter`."""
+        node = self.program.parameter(self.rule, name, shape, make)
+        self.made.add(node)
+        return node
+
     def _finish(self, node: Node) -> None:
         for key in ("nn_module_stack", "stack_trace"):
             if self._anchor is not None and key in self._anchor.meta:

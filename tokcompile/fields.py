@@ -63,6 +63,24 @@ def _integer(value: object) -> object:
     raise wrong(f"{value!r} is not a whole number", "a whole number or an expression")
 
 
+def _number(value: object) -> object:
+    if has_expression(value) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise wrong(f"{value!r} is not a number", "a number or an expression")
+
+
+def _counts(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(_is_count(number) for number in value):
+        return tuple(value)
+    if has_expression(value) or _is_count(value):
+        return value
+    raise wrong(f"{value!r} is no count", "a whole number from 0 on, a list of them, or an expression")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _order(value: object) -> object:
     if has_expression(value) or (value in (1, 2, "inf") and not isinstance(value, bool | float)):
         return value
@@ -97,7 +115,7 @@ def _is_pair(value: object) -> bool:
 
 def _exact(value: object) -> object:
     # Pydantic would take "1" for 1 and 1 for True; a rule file says what it means.
-    if isinstance(value, bool):
+    if isinstance(value, bool) or has_expression(value):
         return value
     raise wrong(f"{value!r} is not true or false", "true or false")
 
@@ -111,6 +129,15 @@ _PAIR = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems
 Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
 IntOrExpression = Annotated[
     int | str, BeforeValidator(_integer), WithJsonSchema({"anyOf": [{"type": "integer"}, EXPRESSION]})
+]
+Number = Annotated[
+    int | float | str, BeforeValidator(_number), WithJsonSchema({"anyOf": [{"type": "number"}, EXPRESSION]})
+]
+_COUNT = {"type": "integer", "minimum": 0}
+CountList = Annotated[
+    int | str | tuple[int, ...],
+    BeforeValidator(_counts),
+    WithJsonSchema({"anyOf": [_COUNT, {"type": "array", "items": _COUNT, "minItems": 1}, EXPRESSION]}),
 ]
 NormOrder = Annotated[
     int | str, BeforeValidator(_order), WithJsonSchema({"anyOf": [{"enum": [1, 2, "inf"]}, EXPRESSION]})
@@ -139,4 +166,4 @@ Offsets = Annotated[
     BeforeValidator(_offsets),
     WithJsonSchema({"anyOf": [{"enum": list(OFFSETS)}, {"type": "array", "items": _PAIR, "minItems": 1}]}),
 ]
-Truth = Annotated[bool, BeforeValidator(_exact)]
+Truth = Annotated[bool | str, BeforeValidator(_exact), WithJsonSchema({"anyOf": [{"type": "boolean"}, EXPRESSION]})]

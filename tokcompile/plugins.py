@@ -14,13 +14,14 @@ OPS = "tokcompile.ops"
 BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
     "select": ("topk", "neighbours", "fill", "protect"),
+    "merge": ("pairs",),
 }
 
 _registered: dict[str, set[str]] = {}
 
 
 def register_name(verb: str, name: str) -> None:
-    """Let rules say `by: name` for a verb (`score` or `select`) without installing an entry point."""
+    """Let rules say `by: name` for a verb (`score`, `select` or `merge`) without installing an entry point."""
     _registered.setdefault(verb, set()).add(name)
 
 

@@ -17,7 +17,7 @@ from tokcompile.axes.rules import ordered, picked_from, source
 from tokcompile.axes.sorts import unsorted
 from tokcompile.axes.windows import windows
 from tokcompile.counts import images_per_row
-from tokcompile.edit import sub
+from tokcompile.edit import Editor, sub
 from tokcompile.errors import EditError
 from tokcompile.program import place
 from tokcompile.ranges import cat, select, slice_
@@ -231,4 +231,29 @@ def spliced(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
     gone = editor.arithmetic(lambda a, b: (a - b) * images, token_map.old, token_map.new)
     old = editor.size(target, 1)
     new = editor.arithmetic(sub, old, gone)
-    return replace(make_map(transport.editor, keep, axis, rows, old, new, token_map.positions), spliced=token_map)
+    made = replace(make_map(transport.editor, keep, axis, rows, old, new, token_map.positions), spliced=token_map)
+    if token_map.ascending:
+        return made
+    return replace(made, placed=_places(editor, made, token_map, flat, images))
+
+
+def _places(editor: Editor, made: TokenMap, token_map: TokenMap, flat: Node, images: int) -> Node:
+    """Where the tokens of a text stood, when features stand in another order than their places.
+
+    Args:
+        made: the map of the text, in the order of its places.
+        token_map: the map of the features, [B * images, N'] of N.
+        flat: bool [B, T], the places of features.
+    """
+    rows = editor.size(flat, 0)
+    each, new = (editor.arithmetic(lambda n: n * images, n) for n in (token_map.old, token_map.new))
+    places = editor.call(tokred.kept_indices.default, flat, each)
+    chosen = editor.call(aten.reshape.default, token_map.source, [rows, images, token_map.new])
+    first = editor.call(aten.arange.default, images, device=chosen.meta["val"].device)
+    first = editor.call(aten.mul.Tensor, first, token_map.old)
+    chosen = editor.call(aten.add.Tensor, chosen, editor.call(aten.unsqueeze.default, first, 1))
+    chosen = editor.call(aten.reshape.default, chosen, [rows, new])
+    chosen = editor.call(aten.gather.default, places, 1, chosen)
+    kept = editor.call(aten.gather.default, flat, 1, made.source)
+    spread = editor.call(tokred.splice_values.default, kept, chosen, 0.0)
+    return editor.call(aten.where.self, kept, spread, made.source)

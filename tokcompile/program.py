@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from tokcompile.axes import Axes, infer
+from tokcompile.weights import Weights
 
 
 @dataclass
@@ -22,12 +24,14 @@ class Program:
         kinds: for each placeholder, `parameter` (weights, buffers, constants), `input` (what the caller passes) or
             `size` (a symbolic size that capture made an input).
         origin: `dynamo` or `export`.
+        weights: parameters that rules bring.
     """
 
     gm: GraphModule
     fake_mode: FakeTensorMode
     kinds: dict[Node, str] = field(default_factory=dict)
     origin: str = "dynamo"
+    weights: Weights = field(default_factory=Weights)
     _axes: Axes | None = None
 
     @property
@@ -58,7 +62,31 @@ class Program:
         graph.output(result)
         graph.output_node().meta.update(self.output.meta)
         kinds = {twin[node]: kind for node, kind in self.kinds.items()}
-        return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin)
+        return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin, self.weights)
+
+    def parameter(self, rule: str, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Node:
+        """A parameter that a rule brings, as a value of the graph; one node for all that ask for it.
+
+        Args:
+            rule, name: what it is called in `weights`.
+            shape: its sizes.
+            make: its initial value, on the device and of the dtype that it is to have.
+
+        Raises:
+            RuleError: the weights hold one of another shape.
+        """
+        held = self.weights.of(rule, name, shape, make)
+        attribute = f"tokred_{rule}_{name}"
+        found = next(iter(self.graph.find_nodes(op="get_attr", target=attribute)), None)
+        if found is not None:
+            return found
+        self.gm.register_parameter(attribute, held)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(attribute)
+        node.meta["val"] = self.fake_mode.from_tensor(held, static_shapes=True)
+        node.meta["weight"] = f"{rule}.{name}"
+        self.kinds[node] = "parameter"
+        return node
 
     def inputs(self, kind: str = "input") -> list[Node]:
         """Placeholders of one kind that hold tensors, in order; an exported program also has constants among them."""

@@ -13,7 +13,7 @@ from tokcompile.steps import REFERENCES, Score, Select, Step
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
 
-NOUN = {"tap": "tap", "score": "score", "select": "selection"}
+NOUN = {"tap": "tap", "score": "score", "select": "selection", "merge": "merge"}
 _OPTION_KEYS = frozenset({"rule", "rules"})
 
 
@@ -48,7 +48,7 @@ def _check_params(rule: Rule) -> None:
 def _check_names(rule: Rule) -> dict[str, Step]:
     made: dict[str, Step] = {}
     for step in rule.steps:
-        if not step.makes:
+        if getattr(step, "name", None) is None:
             continue
         if step.name in made:
             where = [f"{rule.path}:{step.line}", f"{rule.path}:{made[step.name].line}"]
@@ -104,7 +104,7 @@ def _check_expressions(step: Step, rule: Rule) -> None:
 
 def _unused(rule: Rule, made: dict[str, Step], used: set[str]) -> Iterator[str]:
     for name, step in made.items():
-        if name not in used:
+        if name not in used and step.makes:
             yield f"{rule.path}:{step.line}: {NOUN[step.verb]} '{name}' is never used"
     texts = [text for step in rule.steps for text in step.given().values() if has_expression(text)]
     asked = set().union(*map(names_in, texts))

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim
 from tokcompile.edit import Editor, Length
-from tokcompile.sites.features import Shuffle
+from tokcompile.sites.features import Sequence, Shuffle
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -22,7 +22,7 @@ class TokenMap:
 
     Attributes:
         axis, rows: atoms of the old token axis and of the batch rows (`()` for a batch of one).
-        source: int64 [B, T']: the old token that each new one stands for, ascending.
+        source: int64 [B, T']: the old token that each new one stands for.
         keep: bool [B, T]: the old tokens that stay.
         old, new: T and T'.
         positions: `keep` or `compact`, what happens to rotary coordinates.
@@ -36,6 +36,9 @@ class TokenMap:
         shuffle: of groups of patches, how they stand in another order than the features that they become.
         numbers: the features that the groups that stay become, as the shuffle numbers them.
         spliced: of a text, the map of the features that are spliced into it.
+        ascending: whether `source` lists tokens in the order of their places.
+        placed: int64 [B, T'], where the tokens of a text take their positions from, if that is not `source`: features
+            that stand in another order than their places.
     """
 
     axis: Dim
@@ -53,6 +56,8 @@ class TokenMap:
     shuffle: Shuffle | None = None
     numbers: Node | None = None
     spliced: TokenMap | None = None
+    ascending: bool = True
+    placed: Node | None = None
 
 
 def make_map(editor: Editor, keep: Node, axis: Any, rows: Any, old: Any, new: Any, positions: str) -> TokenMap:
@@ -60,5 +65,25 @@ def make_map(editor: Editor, keep: Node, axis: Any, rows: Any, old: Any, new: An
     kept = editor.call(aten.sum.dim_IntList, keep, [1])
     editor.require(editor.call(aten.eq.Scalar, kept, new), "batch rows hold different numbers of image tokens")
     indices = editor.call(tokred.kept_indices.default, keep, new, name="kept")
-    indices.meta["token_map"] = f"{editor.rule}/{sum('token_map' in n.meta for n in editor.program.graph.nodes)}"
+    note(editor, indices)
     return TokenMap(axis, rows, indices, keep, old, new, positions)
+
+
+def note(editor: Editor, indices: Node) -> None:
+    """Name indices that a rule chose, so that a recording can hold them and a replay give them back."""
+    indices.meta["token_map"] = f"{editor.rule}/{sum('token_map' in n.meta for n in editor.program.graph.nodes)}"
+
+
+def map_of(editor: Editor, index: Node, like: Node, at: Sequence, old: Length, new: Length, positions: str) -> TokenMap:
+    """Build a map from indices in any order, no two of a row alike.
+
+    Args:
+        index: int64 [B, T'], the old token that each new one stands for.
+        like: a value [B, T] of the old sequence.
+        at: the old sequence.
+    """
+    source = editor.call(tokred.token_source.default, index, like, name="source")
+    note(editor, source)
+    nothing = editor.call(aten.zeros_like.default, like, dtype=torch.bool)
+    keep = editor.call(aten.scatter.value, nothing, 1, source, True)
+    return TokenMap(at.axis, at.rows, source, keep, old, new, positions, ascending=False)

@@ -7,6 +7,7 @@ map's source indices, once each.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,11 +71,13 @@ class Transport:
         wanted = resolve(axis)
         return contains(dim, wanted) or (wanted in self.thin and any(atom in dim for atom in wanted))
 
-    def apply(self, cut: Node, token_map: TokenMap) -> Node:
+    def apply(self, cut: Node, token_map: TokenMap, content: Node | None = None) -> Node:
         """Cut at a value and rewrite everything that depends on it.
 
         Args:
             cut: the value at which tokens are taken out; it holds the map's axis once.
+            content: what stands in its place, with the new axis where it holds the old one; the tokens that the map
+                names, by default.
 
         Returns:
             The value after the cut.
@@ -90,8 +93,9 @@ class Transport:
                 found=f"{product(token_map.axis)} tokens in a value {tuple(cut.meta['val'].shape)}",
             )
         users = [u for u in cut.users if u not in self.editor.made]
-        with self.editor.after([cut, token_map.source]):
-            content, _, _ = self.move_dim(cut, token_map, spots[0])
+        if content is None:
+            with self.editor.after([cut, token_map.source]):
+                content, _, _ = self.move_dim(cut, token_map, spots[0])
         early = [u for u in users if u._sort_key < content._sort_key]
         if early:
             raise EditError(
@@ -262,6 +266,8 @@ class Transport:
 
     def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
         lead, batch = aligned
+        if token_map.placed is not None and self._is_position(value, token_map):
+            token_map = replace(token_map, source=token_map.placed)
         if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
             positions = positions_of(self, value, token_map)
             if positions is not None:
@@ -286,6 +292,10 @@ class Transport:
             else:
                 moved = self._move_flat(moved, token_map, spot, dims)
         return moved
+
+    def _is_position(self, value: Node, token_map: TokenMap) -> bool:
+        """Whether a value is rotary positions, or a table computed from positions."""
+        return value in self.rotary or positions_of(self, value, token_map) is not None
 
     def _renumbered(self, value: Node, positions: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
         """A position table computed again; its rows must stand where its user has them."""

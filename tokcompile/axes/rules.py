@@ -202,6 +202,30 @@ def kept_indices(ctx: Context, node: Node) -> Dims:
     return [batch, made]
 
 
+def token_source(ctx: Context, node: Node) -> Dims:
+    """tokred::token_source: a new axis that remembers the axis its indices are of."""
+    batch, old = ctx.of(node.args[1])
+    made = fresh(shape(node)[1])
+    if made:
+        made[0].origin, made[0].via = resolve(old), node
+    return [batch or ctx.of(node.args[0])[0], made]
+
+
+def match_pairs(ctx: Context, node: Node) -> Dims:
+    """tokred::match_pairs: three lists in one."""
+    return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
+
+
+def merge_pairs(ctx: Context, node: Node) -> Dims:
+    """tokred::merge_pairs: the tokens that stay, each of the same width as before."""
+    return [ctx.of(node.args[0])[0], ctx.of(node.args[2])[1], ctx.of(node.args[0])[2]]
+
+
+def inverse_map(ctx: Context, node: Node) -> Dims:
+    """tokred::inverse_map: one number for each old token."""
+    return ctx.of(node.args[3])[:2]
+
+
 def received(ctx: Context, node: Node) -> Dims:
     """tokred::attention_received and attention_row: one number per key."""
     key = ctx.of(node.args[1])
@@ -344,6 +368,10 @@ NAMED: dict[str, Callable[[Context, Node], Any]] = {"grouped_mm_fallback": group
 OURS: dict[str, Callable[[Context, Node], Any]] = {
     "gather_tokens": gather_tokens,
     "kept_indices": kept_indices,
+    "token_source": token_source,
+    "match_pairs": match_pairs,
+    "merge_pairs": merge_pairs,
+    "inverse_map": inverse_map,
     "attention_received": received,
     "attention_row": received,
     "attention": attention,

@@ -13,12 +13,16 @@ if __name__ == "tokcompile.kernels":
     from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
+    from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .last_valid import last_valid
+    from .match_pairs import match_pairs
+    from .merge_pairs import merge_pairs
     from .random_scores import random_scores
     from .splice_values import splice_values
     from .token_cosine import token_cosine
     from .token_norm import token_norm
+    from .token_source import token_source
     from .topk_mask import topk_mask
 
 __all__ = [
@@ -30,13 +34,17 @@ __all__ = [
     "dilate_by_width",
     "fill_mask",
     "gather_tokens",
+    "inverse_map",
     "kept_indices",
     "last_valid",
+    "match_pairs",
+    "merge_pairs",
     "names",
     "random_scores",
     "reference_of",
     "splice_values",
     "token_cosine",
     "token_norm",
+    "token_source",
     "topk_mask",
 ]

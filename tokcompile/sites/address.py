@@ -17,13 +17,15 @@ from tokcompile.sites.find import Sites
 class Place:
     """What an address stands for here: a value, and for an attention address the site.
 
-    `owner` is the stack whose sequence the value belongs to: `vision` for the projector's input.
+    `owner` is the stack whose sequence the value belongs to: `vision` for the projector's input. `block` is the
+    number of the block that it is of.
     """
 
     address: str
     node: Node
     attention: Attention | None = None
     owner: str = ""
+    block: int | None = None
 
 
 def resolve_address(sites: Sites, text: str) -> Place:
@@ -43,15 +45,32 @@ def resolve_address(sites: Sites, text: str) -> Place:
         return Place(text, node, owner=stack.name)
     block = _block(sites, stack, address, text)
     if address.part == "attention":
-        return Place(text, block.attention.node, block.attention, stack.name)
-    return Place(text, block.input if address.part == "input" else block.output, owner=stack.name)
+        return Place(text, block.attention.node, block.attention, stack.name, stack.blocks.index(block))
+    node = {"input": block.input, "middle": block.middle, "output": block.output}[address.part]
+    return Place(text, node, owner=stack.name, block=stack.blocks.index(block))
+
+
+def resolve_every(sites: Sites, text: str) -> list[Place]:
+    """Find the places that an address names: those of every block whose output the model uses, for `*`.
+
+    Raises:
+        AddressError: as `resolve_address`.
+    """
+    address = parse_address(text)
+    if address.is_single:
+        return [resolve_address(sites, text)]
+    stack = sites.stacks.get(address.stack)
+    if stack is None:
+        raise _missing(sites, text, f"this graph has no {address.stack} stack", whole=False)
+    live = [i for i, block in enumerate(stack.blocks) if block.live]
+    return [resolve_address(sites, str(Address(address.stack, index, address.part))) for index in live]
 
 
 def _block(sites: Sites, stack: Stack, address: Address, text: str) -> Block:
     index = stack.features if address.index == "features" else address.index
     if not isinstance(index, int) or not -len(stack.blocks) <= index < len(stack.blocks):
         raise _missing(sites, text, f"{stack.name} has {len(stack.blocks)} blocks, 0 to {len(stack.blocks) - 1}")
-    if address.part not in ("attention", "input", "output"):
+    if address.part not in ("attention", "input", "middle", "output"):
         raise _missing(sites, text, f"'{address.part}' is not a value that this step can read")
     return stack.blocks[index]
 
@@ -76,7 +95,7 @@ def addresses(sites: Sites) -> list[str]:
     for name, stack in sites.stacks.items():
         last = len(stack.blocks) - 1
         span = f"{name}.0..{last}" if last else f"{name}.0"
-        found += [f"{span}.input", f"{span}.attention", f"{span}.output"]
+        found += [f"{span}.{part}" for part in ("input", "attention", "middle", "output")]
     for name, site in (("projector", sites.projector), ("splice", sites.splice)):
         if site is not None:
             found += [f"{name}.input", f"{name}.output"]

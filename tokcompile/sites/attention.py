@@ -176,3 +176,11 @@ def _number(value: Any) -> float | None:
         if not isinstance(value, torch.SymFloat) or not value.node.has_hint():
             return None
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
+
+
+def softmax_of(site: Attention) -> Node | None:
+    """The softmax of an attention that is written out; None for a fused one."""
+    if site.node.target not in _PRODUCTS:
+        return None
+    weights = _skip(site.node.args[0])
+    return weights if weights.target in _SOFTMAX else None

@@ -23,7 +23,9 @@ _VIEWS = {
     aten.to.dtype,
 }
 _NORMS = {aten.layer_norm.default}
-_PASSED = _VIEWS | {torch.ops.tokred.gather_tokens.default}
+EDITS = {torch.ops.tokred.gather_tokens.default, torch.ops.tokred.merge_pairs.default}
+"""Operators that edits put on the stream; the first argument is the stream as it was."""
+_PASSED = _VIEWS | EDITS
 
 
 @dataclass(eq=False)
@@ -46,6 +48,14 @@ class Block:
     live: bool = True
     path: str = ""
     cross: list[Attention] = field(default_factory=list)
+
+    @property
+    def middle(self) -> Node:
+        """The stream between attention and feed-forward, as earlier edits left it."""
+        node = self.merge
+        while (edited := next((u for u in node.users if u.target in EDITS and u.args[0] is node), None)) is not None:
+            node = edited
+        return node
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ class Step(Model):
     refers: ClassVar[dict[str, str]] = {}
     """Field -> kind of step (`tap`, `score`, `select`) whose name it holds."""
     makes: ClassVar[bool] = True
-    """Whether the step makes something that later steps use by name."""
+    """Whether the step does nothing but make something that later steps use by name."""
 
     _line: int = PrivateAttr(default=0)
 

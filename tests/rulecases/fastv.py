@@ -1,0 +1,12 @@
+"""FastV on the models of the fleet."""
+
+import fleet
+import naive
+
+from rulecases import RuleCase
+
+CASE = RuleCase(
+    models=fleet.VLMS,
+    options=lambda model, keep: {"keep": keep},
+    run=lambda model, inputs, keep: naive.run(model, inputs, [naive.fastv(2, keep)]),
+)
