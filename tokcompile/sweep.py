@@ -293,9 +293,12 @@ class _Work:
 
 
 def _counted(part: Part, text: int) -> dict[str, Any]:
-    """Tokens after a rule: by block, beyond the text in the last, and those that its last edit says it left."""
+    """Tokens after a rule: by block, beyond the text in the last, and those of the image that its last drop left.
+
+    A drop counts the tokens that it chose from; a merge the whole sequence: then, what is beyond the text counts.
+    """
     tokens = tuple(row.tokens for row in part.after.rows if row.stack == "decoder" and row.live)
-    records = [record for applied in part.applied for record in applied.steps]
-    left = [record["to"] for record in records if str(record.get("to", "")).isdecimal()]
     fed = tokens[-1] - text
-    return {"tokens": tokens, "fed": fed, "image_tokens": int(left[-1]) if left else fed}
+    edits = [r for applied in part.applied for r in applied.steps if r.get("verb") in ("drop", "merge")]
+    dropped = bool(edits) and edits[-1]["verb"] == "drop"
+    return {"tokens": tokens, "fed": fed, "image_tokens": int(edits[-1]["to"]) if dropped else fed}

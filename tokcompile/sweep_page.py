@@ -156,7 +156,7 @@ def _draw(axes: Any, found: Sweep) -> None:
     plain = found.unpruned
     axes.axhline(100 * plain.accuracy, color="0.5", linewidth=1, label=f"no rule, {plain.fed} tokens")
     looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
-    for (rule, cells), (colour, marker, dash) in zip(by_rule(found).items(), looks, strict=False):
+    for number, ((rule, cells), (colour, marker, dash)) in enumerate(zip(by_rule(found).items(), looks, strict=False)):
         shown = sorted((c for c in cells if not c.refused), key=lambda cell: cell.fed)
         if not shown:
             continue
@@ -169,7 +169,8 @@ def _draw(axes: Any, found: Sweep) -> None:
             marker=marker,
             linestyle=dash,
             linewidth=1.5,
-            markersize=6,
+            markersize=10 - 2 * (number % 3),  # hollow and of several sizes: rules that agree lie on each other
+            markerfacecolor="none",
             capsize=2,
             elinewidth=0.8,
         )

@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from tokcompile.binding import RuleInstance
 from tokcompile.errors import TokredError
+from tokcompile.flops import Counter
 from tokcompile.program import Program
 from tokcompile.report import Part, explain_captured
 
@@ -83,15 +84,20 @@ def _kept(part: Part) -> list[Waste]:
 
 
 def _scored(program: Program) -> list[Waste]:
-    """Operators of rules that compute what another computes already: the same operator on the same values."""
+    """Scores, and what else costs FLOPs, that rules compute twice: the same operator on the same values."""
     numbers: dict[Any, int] = {}
-    first: dict[int, Node] = {}
     number: dict[Node, int] = {}
-    found = []
+    first: dict[int, Node] = {}
+    counter, found = Counter(), []
     for node in program.graph.nodes:
         number[node] = numbers.setdefault(_key(node, number), len(numbers))
         earlier = first.setdefault(number[node], node)
-        if earlier is not node and _inserted(node) and _inserted(earlier) and _is_own(node):
+        if earlier is node:
+            continue
+        if "scores" in node.meta and "scores" in earlier.meta:
+            text = f"scores '{node.meta['scores']}' are the scores '{earlier.meta['scores']}' once more"
+            found.append(Waste("same_score", text, "same operator on the same values"))
+        elif counter.cost(node).flops:
             text = f"'{node.name}' computes what '{earlier.name}' does: {node.target}"
             found.append(Waste("same_score", text, "same operator on the same values"))
     return found
@@ -106,7 +112,3 @@ def _key(node: Node, number: dict[Node, int]) -> Any:
 
 def _inserted(node: Node) -> bool:
     return "tokred" in (node.meta.get("custom") or {})
-
-
-def _is_own(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "tokred"
