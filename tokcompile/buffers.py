@@ -16,7 +16,8 @@ from torch.fx import Node
 
 _ATTRIBUTE = re.compile(r"\._(?:modules|buffers|parameters)\['([^']+)'\]")
 _INPUT = re.compile(r"\['([^']+)'\]$")
-_DYNAMIC = "dynamic"
+_BY_LENGTH = ("dynamic", "longrope")
+"""In the names of scalings whose frequencies depend on the length of a sequence."""
 
 
 class Values:
@@ -80,9 +81,9 @@ def _made_again(model: nn.Module, path: list[str], name: str, value: Tensor) -> 
 
 @contextmanager
 def fixed_length(model: nn.Module, length: int) -> Iterator[dict[str, Tensor]]:
-    """Let rotary modules that compute frequencies anew for each length (dynamic NTK) use those of one length.
+    """Let rotary modules that compute frequencies anew for each length (dynamic NTK, longrope) use those of one.
 
-    Their decision reads the positions in Python, which splits the graph. Within this context they take their buffer as
+    Most decide by the positions in Python, which splits the graph. Within this context they take their buffer as
     it is; the values that it is to have are given by path.
 
     Args:
@@ -93,7 +94,9 @@ def fixed_length(model: nn.Module, length: int) -> Iterator[dict[str, Tensor]]:
     for path, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         each = kinds if isinstance(kinds, Mapping) else {None: kinds}
-        dynamic = [layer for layer, kind in each.items() if isinstance(kind, str) and _DYNAMIC in kind]
+        dynamic = [
+            layer for layer, kind in each.items() if isinstance(kind, str) and any(word in kind for word in _BY_LENGTH)
+        ]
         if not dynamic:
             continue
         for layer in dynamic:
