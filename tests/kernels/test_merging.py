@@ -194,8 +194,8 @@ def test_dominant_and_contextual_tokens_equal_the_procedure(dominant, contextual
     received = random(2, 576, seed=2).exp()
     got = zipped(x, received, keys, dominant, contextual, mode)
     assert got.shape == (2, dominant + contextual, 24) and got.dtype == dtype
-    rows = [merging_naive.zipped_row(r, k, 1, dominant, contextual, mode) for r, k in zip(received, keys, strict=True)]
-    torch.testing.assert_close(got, merging_naive.mixed(x, rows))
+    made = [merging_naive.zipped_row(r, k, 1, dominant, contextual, mode) for r, k in zip(received, keys, strict=True)]
+    torch.testing.assert_close(got, merging_naive.mixed(x, [rows for rows, _ in made]))
     for b in range(2):
         alone = zipped(x[b : b + 1], received[b : b + 1], keys[b : b + 1], dominant, contextual, mode)
         torch.testing.assert_close(got[b : b + 1], alone)
