@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile import positional
+from tokcompile import inserted, positional
 from tokcompile.axes import Dim, product, resolve, size_of
 from tokcompile.axes.atoms import same
 from tokcompile.axes.infer import broadcasts
@@ -47,6 +47,7 @@ class Transport:
     def __init__(self, editor: Editor, sites: Sites) -> None:
         self.editor = editor
         self.axes = editor.program.axes
+        self.sites = sites
         self.splice = sites.splice
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
@@ -56,7 +57,9 @@ class Transport:
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
-        self._moved: dict[tuple[Node, int, tuple[int, int]], Node] = {}
+        self.parted: dict[Node, TokenMap] = {}
+        self.originals: dict[tuple[Node, TokenMap], Node] = {}
+        self._moved: dict[tuple[Node, int, tuple[int, int], str], Node] = {}
 
     def of(self, node: Node) -> list[Dim]:
         """Dimensions of a value on the old axes."""
@@ -71,13 +74,14 @@ class Transport:
         wanted = resolve(axis)
         return contains(dim, wanted) or (wanted in self.thin and any(atom in dim for atom in wanted))
 
-    def apply(self, cut: Node, token_map: TokenMap, content: Node | None = None) -> Node:
+    def apply(self, cut: Node, token_map: TokenMap, content: Node | None = None, until: Node | None = None) -> Node:
         """Cut at a value and rewrite everything that depends on it.
 
         Args:
             cut: the value at which tokens are taken out; it holds the map's axis once.
             content: what stands in its place, with the new axis where it holds the old one; the tokens that the map
                 names, by default.
+            until: the value from which on fresh tokens are gone again; they stay to the end by default.
 
         Returns:
             The value after the cut.
@@ -107,7 +111,10 @@ class Transport:
         for user in users:
             self.editor.swap_input(user, cut, content)
         self.mark(content, token_map, self.axes.of(cut))
-        self._walk(content)
+        if until is cut:
+            inserted.take_out(self, content, token_map)
+        else:
+            self._walk(content, until)
         return content
 
     def mark(self, node: Node, token_map: TokenMap, dims: list[Dim] | None = None) -> None:
@@ -116,7 +123,11 @@ class Transport:
         if dims is not None:
             self._dims[node] = dims
 
-    def _walk(self, start: Node) -> None:
+    def mark_old(self, node: Node, like: Node) -> None:
+        """Note that a value has the dimensions that another one had before the edit."""
+        self._dims[node] = self.of(like)
+
+    def _walk(self, start: Node, until: Node | None) -> None:
         order = list(self.editor.program.graph.nodes)
         for node in order[order.index(start) + 1 :]:
             if (
@@ -125,6 +136,9 @@ class Transport:
                 and any(a in self.edited for a in node.all_input_nodes)
             ):
                 self._visit(node)
+            if node is until:
+                for token_map in self.edited.get(node, []):
+                    inserted.take_out(self, node, token_map)
 
     def _visit(self, node: Node) -> None:
         if node.target in _SIZES:
@@ -184,7 +198,7 @@ class Transport:
     def fits(self, node: Node, token_map: TokenMap) -> bool:
         """Whether features fit the tokens that they are put among: they were cut as these were, or are of others."""
         if token_map.spliced is None:
-            return False
+            return token_map.fresh is not None  # which stand at no place of a feature
         others = self.splice is not None and any(node is each.node for each in self.splice.further)
         return others or token_map.spliced in self.edited.get(node.args[2], [])
 
@@ -219,9 +233,10 @@ class Transport:
                 found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
                 remedy="drop tokens further down",
             )
-        self.editor.swap_input(user, value, self._brought(value, token_map, self._align(user, value, token_map)))
+        aligned, kind = self.align(user, value, token_map), inserted.kind(self, user, value, token_map)
+        self.editor.swap_input(user, value, self.brought(value, token_map, aligned, kind))
 
-    def _align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:
+    def align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:
         """How a value's dimensions meet the batch rows of its user's result.
 
         Returns:
@@ -253,10 +268,18 @@ class Transport:
             )
         return max(-index, 0), max(index, 0)
 
-    def _brought(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
-        key = (value, id(token_map), aligned)
+    def brought(
+        self, value: Node, token_map: TokenMap, aligned: tuple[int, int], kind: inserted.Kind = inserted.Kind.LIKE
+    ) -> Node:
+        """A value on the new axis; made once for all who read it.
+
+        Args:
+            aligned: what `align` says.
+            kind: what fresh tokens have of it.
+        """
+        key = (value, id(token_map), aligned, kind.value)
         if key not in self._moved:
-            self._moved[key] = self._move(value, token_map, aligned)
+            self._moved[key] = self._move(value, token_map, aligned, kind)
             lead, batch = aligned
             dims = [()] * lead + self.of(value)
             if batch >= 0:
@@ -264,24 +287,27 @@ class Transport:
             self.mark(self._moved[key], token_map, dims)
         return self._moved[key]
 
-    def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
+    def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int], kind: inserted.Kind) -> Node:
         lead, batch = aligned
         if token_map.placed is not None and self._is_position(value, token_map):
             token_map = replace(token_map, source=token_map.placed)
-        if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
+        compacts = token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point
+        if kind is inserted.Kind.COUNTED or (compacts and token_map.fresh is None):
             positions = positions_of(self, value, token_map)
             if positions is not None:
                 return self._renumbered(value, positions, token_map, aligned)
+        if kind is inserted.Kind.SUM:
+            return inserted.moved_sum(self, value, token_map, aligned)
         inside = value.target is aten.unsqueeze.default and value.args[1] % len(self.of(value)) != 0
         if inside and batch <= 0 and not lead and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
             # One gather for a table that every layer unsqueezes.
-            inner = self._brought(value.args[0], token_map, aligned)
+            inner = self.brought(value.args[0], token_map, aligned, kind)
             return self.editor.clone(value, {value.args[0]: inner})
         moved, spots = value, self.where(value, token_map.axis)
         if batch < 0:
             for spot in spots:
                 moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))
-            return moved
+            return inserted.finish(self, value, moved, token_map, aligned, kind)
         for _ in range(lead):
             moved = self.editor.call(aten.unsqueeze.default, moved, 0)
         dims = [()] * lead + self.of(value)
@@ -291,7 +317,7 @@ class Transport:
                 moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot, batch)
             else:
                 moved = self._move_flat(moved, token_map, spot, dims)
-        return moved
+        return inserted.finish(self, value, moved, token_map, aligned, kind)
 
     def _is_position(self, value: Node, token_map: TokenMap) -> bool:
         """Whether a value is rotary positions, or a table computed from positions."""

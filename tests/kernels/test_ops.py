@@ -27,6 +27,11 @@ def bools(*shape: int) -> torch.Tensor:
     return floats(*shape) > 0
 
 
+def slots(batch: int) -> torch.Tensor:
+    """Two of six places in each row."""
+    return torch.stack([(torch.arange(6) == row % 5) | (torch.arange(6) == 5) for row in range(batch)])
+
+
 # op -> (tensor arguments whose first dimension is the batch, call). The last test sees that no op is missing.
 CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]] = {
     "gather_tokens": (
@@ -55,6 +60,12 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     "attention_row": (
         lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 12, 12), torch.arange(b) % 12),
         lambda q, k, mask, index: ops.attention_row(q, k, mask, index, *ATTENTION),
+    ),
+    "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
+    "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
+    "insert_tokens": (
+        lambda b: (floats(b, 4, 5), ops.inserted_source(slots(b), floats(b, 4), None), slots(b), floats(b, 2, 5)),
+        lambda x, source, fresh, tokens: ops.insert_tokens(x, source, fresh, tokens),
     ),
     "last_valid": (lambda b: (bools(b, 12),), lambda mask: ops.last_valid(mask)),
     "random_scores": (lambda b: (floats(b, 12),), lambda like: ops.random_scores(like, 3)),

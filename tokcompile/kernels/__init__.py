@@ -13,11 +13,14 @@ if __name__ == "tokcompile.kernels":
     from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
+    from .insert_tokens import insert_tokens
+    from .inserted_source import inserted_source
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .last_valid import last_valid
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
+    from .original_places import original_places
     from .random_scores import random_scores
     from .splice_values import splice_values
     from .token_cosine import token_cosine
@@ -34,12 +37,15 @@ __all__ = [
     "dilate_by_width",
     "fill_mask",
     "gather_tokens",
+    "insert_tokens",
+    "inserted_source",
     "inverse_map",
     "kept_indices",
     "last_valid",
     "match_pairs",
     "merge_pairs",
     "names",
+    "original_places",
     "random_scores",
     "reference_of",
     "splice_values",
