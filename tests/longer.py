@@ -1,12 +1,12 @@
 """Models run by hand on a sequence that other tokens were put into: plain torch and transformers' own modules.
 
-A place of the longer sequence is an int, the old token that stands there, or a pair: the number of an inserted token, and
-the old token beside it. Each row of a batch has its own list of places.
+A place of the longer sequence is an int, the old token that stands there, or a pair: the number of an inserted token,
+and the old token beside it. Each row of a batch has its own list of places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -173,25 +173,6 @@ def put_before(block: nn.Module, tokens: Tensor, slot: int) -> Iterator[None]:
         return (torch.cat([hidden[:, :slot], rows, hidden[:, slot:]], 1), *args[1:]), kwargs
 
     hook = block.register_forward_pre_hook(longer, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def cut_after(
-    module: nn.Module, count: int, slot: int, back: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[None]:
-    """Let all that follows a module see its result without `count` tokens from a place on."""
-
-    def shorter(module: nn.Module, args: Any, out: Any) -> Any:
-        value = out[0] if isinstance(out, tuple) else out
-        value = torch.cat([value[:, :slot], value[:, slot + count :]], 1)
-        value = value if back is None else back(value)
-        return (value, *out[1:]) if isinstance(out, tuple) else value
-
-    hook = module.register_forward_hook(shorter)
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ def _of_inserted(transport: Transport, node: Node, token_map: TokenMap, value: N
     start, end, step = arg(node, 2, "start") or 0, arg(node, 3, "end"), arg(node, 4, "step", 1)
     open_end = end is None or (isinstance(end, int) and end >= MAX)
     border = start if open_end else end
-    if not _parted(node, value, where, border):
+    if transport.borders.get(value) != border and not _parted(node, value, where, border):
         return _of_originals(transport, node, token_map, value)
     run = token_map.run
     alone = transport.of(value)[where] == resolve(token_map.axis) and step == 1
@@ -90,6 +90,7 @@ def _of_inserted(transport: Transport, node: Node, token_map: TokenMap, value: N
             found=f"{border} class tokens",
             remedy="insert at `where: front` or `where: patches`",
         )
+    transport.borders[value] = border  # the other part is seen later
     bounds = (border + run[1], MAX) if open_end else (0, border + run[1])
     transport.editor.set_args(node, [value, node.args[1], *bounds])
     node.meta["val"] = transport.editor.evaluate(node)

@@ -58,6 +58,7 @@ class Transport:
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
         self.parted: dict[Node, TokenMap] = {}
+        self.borders: dict[Node, int] = {}
         self.originals: dict[tuple[Node, TokenMap], Node] = {}
         self._moved: dict[tuple[Node, int, tuple[int, int], str], Node] = {}
 

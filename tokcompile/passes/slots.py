@@ -18,6 +18,7 @@ from tokcompile.passes.context import Context, longest_segment, oldest
 from tokcompile.passes.select import is_text_axis
 from tokcompile.sites.features import Sequence
 from tokcompile.steps import Insert
+from tokcompile.steps.insert import period_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -139,15 +140,6 @@ def _every(asked: _Asked) -> Slots:
     inside = editor.call(aten.remainder.Scalar, asked.index(new), period + count)
     fresh = editor.call(aten.ge.Scalar, inside, period)
     return Slots(asked.rows(fresh, new), new, total)
-
-
-def period_of(step: Insert) -> int | None:
-    """After how many tokens others follow; None for a share of none."""
-    number = step.where.partition(":")[2]
-    if number:
-        return int(number)
-    share = Fraction(step.share)
-    return round_ratio(share.denominator, share.numerator, "half_even") if share else None
 
 
 def _random(asked: _Asked) -> Slots:

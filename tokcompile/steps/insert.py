@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from pydantic import model_validator
 
 from tokcompile.address import parse_address
+from tokcompile.budget import round_ratio
 from tokcompile.expr import has_expression
 from tokcompile.fields import AddressText, IntOrExpression, Name, Number, PlaceList, Share, Truth, one_of, wrong
 from tokcompile.steps.base import Step, single_part
@@ -28,8 +30,8 @@ class Insert(Step):
     count: IntOrExpression | None = None
     """tokens inserted; with every:N those at each place (1 by default)"""
     share: Share | None = None
-    """tokens inserted as a share of those there are: the nearest whole number at random places, or one after each N tokens,
-    N the whole number nearest to 1 / share (random, every)"""
+    """tokens inserted as a share of those there are: the nearest whole number at random places, or one after each N
+    tokens, N the whole number nearest to 1 / share (random, every)"""
     places: PlaceList | None = None
     """old tokens in front of each inserted one, ascending (listed)"""
     seed: IntOrExpression = 0
@@ -90,3 +92,12 @@ class Insert(Step):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def period_of(step: Insert) -> int | None:
+    """After how many tokens others follow; None for a share of none."""
+    number = step.where.partition(":")[2]
+    if number:
+        return int(number)
+    share = Fraction(step.share)
+    return round_ratio(share.denominator, share.numerator, "half_even") if share else None
