@@ -97,7 +97,11 @@ def rules(as_json: AsJson = False) -> None:
 
 @app.command()
 @shows_errors
-def show(rule: RuleName, as_json: AsJson = False) -> None:
+def show(
+    rule: RuleName,
+    source: Annotated[bool, typer.Option("--source", help="Print the file, with its comments.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show a rule: where it comes from, its options, its steps."""
     from tokcompile import rulefile, rulepages
 
@@ -105,7 +109,7 @@ def show(rule: RuleName, as_json: AsJson = False) -> None:
     if as_json:
         print_json(rulepages.page(loaded))
     else:
-        print_page(rulepages.render_page(loaded, is_plain()))
+        print_page(rulepages.render_page(loaded, is_plain(), source))
 
 
 @app.command()

@@ -25,7 +25,7 @@ from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop, Insert
+from tokcompile.steps import Drop, Insert, Merge
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def adapt_decode(
     cuts = [
         Cut(
             first,
-            isinstance(step, Drop) and takes_padding(rule.rule, step, _known(rule, facts)),
+            not isinstance(step, Insert) and takes_padding(rule.rule, step, _known(rule, facts)),
             f"{rule.rule.path}:{step.line}",
             step if isinstance(step, Insert) else None,
         )
@@ -76,15 +76,15 @@ def adapt_decode(
             _check_given(program, sites, rule, step)
 
 
-def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Insert]:
+def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | Insert]:
     """The steps of a rule that change the length of a text, with their values filled in.
 
     Steps that choose may need facts that only a prompt has.
     """
     known = _known(rule, facts)
-    found: list[Drop | Insert] = []
+    found: list[Drop | Merge | Insert] = []
     for step in rule.rule.steps:
-        if isinstance(step, Drop):
+        if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
             found.append(step.model_copy(update=values))
         elif isinstance(step, Insert) and not step.at.startswith("vision"):
@@ -97,7 +97,7 @@ def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop | Insert, depth: int) -> int:
+def _first_block(step: Drop | Merge | Insert, depth: int) -> int:
     """The first decoder block whose cache an edit changed."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
@@ -126,7 +126,7 @@ def _check_table(program: Program, sites: Sites, inserts: Sequence[Insert], inst
             )
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Insert) -> None:
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Insert) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:

@@ -57,6 +57,7 @@ class Transport:
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
+        self.until: Node | None = None
         self.parted: dict[Node, TokenMap] = {}
         self.borders: dict[Node, int] = {}
         self.originals: dict[tuple[Node, TokenMap], Node] = {}
@@ -112,10 +113,11 @@ class Transport:
         for user in users:
             self.editor.swap_input(user, cut, content)
         self.mark(content, token_map, self.axes.of(cut))
+        self.until = until
         if until is cut:
             inserted.take_out(self, content, token_map)
         else:
-            self._walk(content, until)
+            self.walk(content)
         return content
 
     def mark(self, node: Node, token_map: TokenMap, dims: list[Dim] | None = None) -> None:
@@ -128,7 +130,8 @@ class Transport:
         """Note that a value has the dimensions that another one had before the edit."""
         self._dims[node] = self.of(like)
 
-    def _walk(self, start: Node, until: Node | None) -> None:
+    def walk(self, start: Node, end: Node | None = None) -> None:
+        """Rewrite what depends on edited values, from after one node to another, or to the end of the graph."""
         order = list(self.editor.program.graph.nodes)
         for node in order[order.index(start) + 1 :]:
             if (
@@ -137,9 +140,11 @@ class Transport:
                 and any(a in self.edited for a in node.all_input_nodes)
             ):
                 self._visit(node)
-            if node is until:
+            if node is self.until:
                 for token_map in self.edited.get(node, []):
                     inserted.take_out(self, node, token_map)
+            if node is end:
+                return
 
     def _visit(self, node: Node) -> None:
         if node.target in _SIZES:
