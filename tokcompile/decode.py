@@ -87,7 +87,7 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
             found.append(step.model_copy(update=values))
-        elif isinstance(step, Insert) and not step.at.startswith("vision"):
+        elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
             given = {f: v for f, v in step.given().items() if has_expression(v)}
             found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
     return found

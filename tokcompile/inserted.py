@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
+_SPREADS = {aten.expand.default, aten.broadcast_to.default}
 _ATTENTIONS = {aten.scaled_dot_product_attention.default}
 
 
@@ -55,6 +56,8 @@ def kind(transport: Transport, user: Node, value: Node, token_map: TokenMap) -> 
     if token_map.fresh is None:
         return Kind.LIKE
     val = value.meta["val"]
+    if value.target in _SPREADS and not transport.where(value.args[0], token_map.axis):  # the same for all tokens
+        return Kind.LIKE
     if _is_mask(transport, user, value):
         return _of_scores(transport, value, token_map)
     if not val.dtype.is_floating_point and not val.dtype.is_complex:

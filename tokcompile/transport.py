@@ -180,6 +180,12 @@ class Transport:
         """Where features are put among tokens, the map of those that follows from the features'."""
         if node.target is not aten.masked_scatter.default or token_map not in self.edited.get(node.args[2], []):
             return token_map
+        if token_map.fresh is not None:
+            raise EditError(
+                "tokens that a rule put among features would be spliced into a text, which has no place for them",
+                where=[place(node)],
+                remedy="take them out before, with `until: projector.input` or `until: splice.input`",
+            )
         if self.splice is not None and node is self.splice.node:
             self.texts[token_map] = positional.spliced(self, node, token_map)
         if token_map not in self.texts:

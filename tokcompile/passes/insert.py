@@ -9,12 +9,11 @@ from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.drop import check_positions
-from tokcompile.passes.merge import rows_of_tokens
 from tokcompile.passes.readout import read_out
 from tokcompile.passes.slots import Slots, find_slots
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
-from tokcompile.sites.features import Sequence
+from tokcompile.sites.features import Sequence, sequence
 from tokcompile.steps import Insert
 from tokcompile.tokenmap import TokenMap
 from tokcompile.transport import Transport
@@ -26,8 +25,8 @@ tokred = torch.ops.tokred
 def insert(ctx: Context, step: Insert) -> None:
     """Put tokens in at the step's address; none leave the graph as it is."""
     place = resolve_address(ctx.sites, step.at)
-    at = rows_of_tokens(ctx, place.node)
-    until = resolve_address(ctx.sites, step.until).node if step.until is not None else None
+    at = _rows_of_tokens(ctx, place)
+    until = _until(ctx, step, place)
     if step.positions == "compact" and not step.at.startswith("embedding"):
         check_positions(ctx, place)
     editor, node = ctx.editor, place.node
@@ -50,6 +49,33 @@ def insert(ctx: Context, step: Insert) -> None:
     ctx.refresh()
     if step.readout == "tokens":
         read_out(ctx, step, place.owner, ctx.program.axes.of(content)[1], slots)
+
+
+def _rows_of_tokens(ctx: Context, place: Place) -> Sequence:
+    """The sequence of a value [B, T, C]."""
+    at = sequence(ctx.program, ctx.sites, place.node)
+    if at is None or at.packed or place.node.meta["val"].ndim != 3:
+        raise EditError(
+            "tokens can be inserted into a value [B, T, C]",
+            where=[place.address, node_place(place.node)],
+            found=f"{tuple(place.node.meta['val'].shape)}",
+            remedy="insert where each row of the batch has its own tokens, and these are a plain sequence",
+        )
+    return at
+
+
+def _until(ctx: Context, step: Insert, place: Place) -> Node | None:
+    """The value from which on inserted tokens are gone again."""
+    if step.until is None:
+        return None
+    until = resolve_address(ctx.sites, step.until).node
+    if not ctx.sites.reach.above(place.node, until):
+        raise EditError(
+            "inserted tokens would be taken out before they are there",
+            where=[step.at, step.until],
+            remedy="an address further down: head.input, vision.-1.output",
+        )
+    return until
 
 
 def _check_nothing(step: Insert, place: Place) -> None:
