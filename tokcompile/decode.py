@@ -1,9 +1,9 @@
-"""A graph that continues a sequence: what a rule that pruned the prompt means for each later step.
+"""A graph that continues a sequence: what a rule that pruned the prompt, or put tokens in, means for each later step.
 
-The cache that such a graph is given is already short, and tokens are chosen once, in the prefill. What is left are the
-padding (`padding.py`) and the rotary positions of the new tokens. Under `positions: keep` they are what the caller
-says. Under `compact` they are smaller by the number of tokens dropped, which differs from layer to layer as the caches
-do.
+The cache that such a graph is given is already short or long, and tokens are chosen once, in the prefill. What is left
+are the padding (`padding.py`) and the rotary positions of the new tokens. Under `positions: keep` they are what the
+caller says. Under `compact` they are smaller by the number of tokens dropped, or larger by those put in, which differs
+from layer to layer as the caches do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop, Merge
+from tokcompile.steps import Drop, Insert, Merge
 
 aten = torch.ops.aten
 
@@ -45,10 +45,15 @@ def adapt_decode(
     drops = [
         (_first_block(step, depth), step, rule, record)
         for rule, record in zip(rules, applied, strict=True)
-        for step in _drops(rule, facts)
+        for step in _edits(rule, facts)
     ]
     cuts = [
-        Cut(first, takes_padding(rule.rule, step, _known(rule, facts)), f"{rule.rule.path}:{step.line}")
+        Cut(
+            first,
+            not isinstance(step, Insert) and takes_padding(rule.rule, step, _known(rule, facts)),
+            f"{rule.rule.path}:{step.line}",
+            step if isinstance(step, Insert) else None,
+        )
         for first, step, rule, _ in drops
     ]
     if cuts:
@@ -59,30 +64,41 @@ def adapt_decode(
         here = [d for d in drops if d[0] == first]
         if len({step.positions for _, step, _, _ in here}) > 1:
             raise CaptureError(
-                f"drops at block {first} both keep and compact positions",
+                f"edits at block {first} both keep and compact positions",
                 where=[f"{rule.rule.path}:{step.line}" for _, step, rule, _ in here],
-                remedy="give them the same positions, or drop at different blocks",
+                remedy="give them the same positions, or edit at different blocks",
             )
         _, step, rule, record = here[0]
+        _check_table(program, sites, [s for _, s, _, _ in here if isinstance(s, Insert)], rule)
         if step.positions == "compact":
             _compact(program, find_sites(program), rule, places, first, record)
         elif first == 0:
             _check_given(program, sites, rule, step)
 
 
-def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge]:
-    """The drops and merges of a rule with their values filled in; steps that choose may need facts of a prompt."""
+def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | Insert]:
+    """The steps of a rule that change the length of a text, with their values filled in.
+
+    Steps that choose may need facts that only a prompt has.
+    """
     known = _known(rule, facts)
-    steps = [s for s in rule.rule.steps if isinstance(s, Drop | Merge)]
-    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in ("at", "positions")}) for s in steps]
+    found: list[Drop | Merge | Insert] = []
+    for step in rule.rule.steps:
+        if isinstance(step, Drop | Merge):
+            values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
+            found.append(step.model_copy(update=values))
+        elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
+            given = {f: v for f, v in step.given().items() if has_expression(v)}
+            found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
+    return found
 
 
 def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop | Merge, depth: int) -> int:
-    """The first decoder block whose cache a drop shortened."""
+def _first_block(step: Drop | Merge | Insert, depth: int) -> int:
+    """The first decoder block whose cache an edit changed."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
         return 0
@@ -90,16 +106,36 @@ def _first_block(step: Drop | Merge, depth: int) -> int:
     return (index + depth if index < 0 else index) + (address.part == "output")
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge) -> None:
+def _check_table(program: Program, sites: Sites, inserts: Sequence[Insert], instance: RuleInstance) -> None:
+    """Refuse to go on where later tokens get positions that are not known: those of a table, or after tokens left."""
+    for step in inserts:
+        until = None if step.until is None else parse_address(step.until)
+        if until is not None and until.stack == "decoder" and str(until) != "decoder.-1.output":
+            raise CaptureError(
+                f"rule '{instance.name}' takes inserted tokens out between blocks, and this step continues from there",
+                where=[f"{instance.rule.path}:{step.line}"],
+                found=f"until: {step.until}",
+                remedy="until: head.input, or call the model with use_cache=False",
+            )
+        if step.positions == "compact" and not sites.rotary["decoder"]:
+            raise CaptureError(
+                f"rule '{instance.name}' numbered the prompt anew, and positions of this step come from a table",
+                where=[f"{instance.rule.path}:{step.line}"],
+                found="learned positions, or a bias",
+                remedy="positions: keep with fresh: none, or call the model with use_cache=False",
+            )
+
+
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Insert) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:
         if not sites.reach.any_above(rotary.positions, inputs):
             raise CaptureError(
-                f"rule '{instance.name}' dropped prompt tokens, and this step counts its position from the cache",
+                f"rule '{instance.name}' changed the prompt's tokens, and this step counts its position from the cache",
                 where=[f"{instance.rule.path}:{step.line}"],
                 found="neither position_ids nor attention_mask is given",
-                remedy="pass position_ids (of the unpruned sequence), as model.generate does",
+                remedy="pass position_ids (of the sequence as it was), as model.generate does",
             )
 
 

@@ -72,6 +72,20 @@ def _number(value: object) -> object:
     raise wrong(f"{value!r} is not a number", "a number or an expression")
 
 
+def _share(value: object) -> object:
+    if has_expression(value):
+        return value
+    if not isinstance(value, bool) and isinstance(value, int | float | Fraction) and 0 <= value <= 1:
+        return value if isinstance(value, int | Fraction) else Fraction(str(value))
+    raise wrong(f"{value!r} is no share", "a number from 0 to 1, or an expression")
+
+
+def _places(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(map(_is_count, value)) and list(value) == sorted(value):
+        return tuple(value)
+    raise wrong(f"{value!r} is no list of places", "whole numbers from 0 on, ascending: [0, 4, 4]")
+
+
 def _counts(value: object) -> object:
     if isinstance(value, list | tuple) and value and all(_is_count(number) for number in value):
         return tuple(value)
@@ -141,6 +155,14 @@ CountList = Annotated[
     int | str | tuple[int, ...],
     BeforeValidator(_counts),
     WithJsonSchema({"anyOf": [_COUNT, {"type": "array", "items": _COUNT, "minItems": 1}, EXPRESSION]}),
+]
+Share = Annotated[
+    Any,
+    BeforeValidator(_share),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, EXPRESSION]}),
+]
+PlaceList = Annotated[
+    tuple[int, ...], BeforeValidator(_places), WithJsonSchema({"type": "array", "items": _COUNT, "minItems": 1})
 ]
 NormOrder = Annotated[
     int | str, BeforeValidator(_order), WithJsonSchema({"anyOf": [{"enum": [1, 2, "inf"]}, EXPRESSION]})

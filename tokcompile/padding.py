@@ -2,7 +2,8 @@
 
 Padding stands on the left. A rule that drops image tokens leaves it there, and the first columns of the caller's mask
 still tell. A rule that chooses among all tokens drops padding before it drops any real token: then a row holds as much
-padding as its cache is longer than the number of real tokens that the caller's mask counts.
+padding as its cache is longer than the number of real tokens that the caller's mask counts. Tokens that a rule inserted
+among padding are hidden with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, add
 from tokcompile.errors import CaptureError
 from tokcompile.expr import substitute
@@ -20,7 +22,8 @@ from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.rulefile import Rule
 from tokcompile.sites import Block, Sites
-from tokcompile.steps import Drop, Merge, Select
+from tokcompile.steps import Drop, Insert, Merge, Select
+from tokcompile.steps.insert import period_of
 
 aten = torch.ops.aten
 
@@ -33,11 +36,13 @@ class Cut:
         first: the first decoder block whose cache it shortened.
         takes_padding: whether it drops padding, before any real token; else it drops none.
         place: rule file and line.
+        inserts: the step that put tokens in, where it is no drop.
     """
 
     first: int
     takes_padding: bool
     place: str
+    inserts: Insert | None = None
 
 
 def takes_padding(rule: Rule, step: Drop | Merge, known: Mapping[str, object]) -> bool:
@@ -66,34 +71,73 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
     masks: dict[tuple[Node, int], Node] = {}
     for index, block in enumerate(sites.stacks["decoder"].blocks):
         here = [cut for cut in cuts if cut.first <= index]
-        if not any(cut.takes_padding for cut in here) or block not in sites.caches:  # which attends to images alone
-            continue
-        if not all(cut.takes_padding for cut in here):
+        if not any(cut.takes_padding or cut.inserts for cut in here) or block not in sites.caches:
+            continue  # blocks without a cache attend to images alone
+        if any(cut.takes_padding for cut in here) and not all(cut.takes_padding for cut in here):
             raise CaptureError(
                 "one drop took padding before another that takes none: what is left of it is not known",
                 where=[cut.place for cut in here],
                 found="left padding, under rules of both kinds",
-                remedy="choose among image tokens in all rules, or in none",
+                remedy="choose among image tokens in all rules, or in none, and insert no tokens",
             )
         key = max(cut.first for cut in here)
         if key not in made:
-            made[key] = _left(editor, sites, sites.padding, block)
+            inserts = [cut.inserts for cut in here if cut.inserts is not None]
+            made[key] = _left(editor, sites, sites.padding, block, inserts)
         _swap(editor, sites, block, made[key], masks, key)
     program.changed()
 
 
-def _left(editor: Editor, sites: Sites, padding: Node, block: Block) -> Node:
-    """The caller's mask with as many zeros in front as a block's cache holds padding."""
+def _left(editor: Editor, sites: Sites, padding: Node, block: Block, inserts: list[Insert]) -> Node:
+    """A mask of a block's keys with as many zeros in front as its cache holds padding, or tokens inserted among it."""
     past = sites.caches[block].past
     sources = [padding, block.input, past]
     with editor.after(sources):
         keys = editor.arithmetic(add, editor.size(past, 2), editor.size(block.input, 1))
         real = editor.call(aten.ne.Scalar, padding, 0)
         count = editor.call(aten.sum.dim_IntList, real, [1], True)
-        spare = editor.call(aten.sub.Tensor, editor.call(aten.full_like.default, count, keys), count)
-        columns = editor.call(aten.arange.default, editor.size(padding, 1), device=padding.meta["val"].device)
+        whole = editor.size(padding, 1) if inserts else keys
+        spare = editor.call(aten.sub.Tensor, editor.call(aten.full_like.default, count, whole), count)
+        if inserts:
+            _require_left(editor, padding)
+        for step in inserts:
+            spare = editor.call(aten.add.Tensor, spare, _among_padding(editor, step, spare))
+        columns = keys if inserts else editor.size(padding, 1)
+        columns = editor.call(aten.arange.default, columns, device=padding.meta["val"].device)
         seen = editor.call(aten.ge.Tensor, columns, spare)
         return editor.call(aten.to.dtype, seen, padding.meta["val"].dtype)
+
+
+def _require_left(editor: Editor, padding: Node) -> None:
+    """Check when the graph runs that what pads a row stands on its left."""
+    real = editor.call(aten.ne.Scalar, padding, 0)
+    before, after = (editor.call(aten.slice.Tensor, real, 1, *ends) for ends in ((0, -1), (1, MAX)))
+    ordered = editor.call(aten.ge.Tensor, after, before)
+    editor.require(ordered, "a step after a prompt that tokens were put into needs padding on the left")
+
+
+def _among_padding(editor: Editor, step: Insert, padded: Node) -> Node:
+    """int64 [B, 1]: how many tokens of a step stand among what pads a row, int64 [B, 1] tokens, and are hidden too."""
+    call, kind = editor.call, step.where.partition(":")[0]
+    none = call(aten.zeros_like.default, padded)
+    if kind in ("front", "end", "patches"):
+        return none
+    if kind == "listed":
+        for before in step.places or ():
+            here = call(aten.ge.Scalar, padded, max(before, 1))
+            none = call(aten.add.Tensor, none, here)
+        return none
+    period = period_of(step) if kind == "every" else None
+    if period is not None:
+        count = 1 if step.count is None else int(step.count)
+        return call(aten.mul.Scalar, call(aten.floor_divide.Scalar, padded, period), count)
+    if kind == "random":
+        editor.require(
+            call(aten.eq.Scalar, padded, 0),
+            "a step after a padded prompt that tokens were put into at random places cannot tell which stand among "
+            "padding: use where: every",
+        )
+    return none
 
 
 def _swap(

@@ -19,6 +19,7 @@ from tokcompile.axes.windows import windows
 from tokcompile.counts import images_per_row
 from tokcompile.edit import Editor, sub
 from tokcompile.errors import EditError
+from tokcompile.inserted import refuse_mixing
 from tokcompile.program import place
 from tokcompile.ranges import cat, select, slice_
 from tokcompile.shapes import flat_size
@@ -67,6 +68,8 @@ def follow(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap | 
         return _picked(transport, node, token_map)
     _refuse_indices(transport, node, token_map)
     _refuse_neighbours(transport, node, token_map)
+    if token_map.fresh is not None:
+        refuse_mixing(transport, node, token_map)
     edited = [a for a in node.all_input_nodes if token_map in transport.edited.get(a, [])]
     if (
         node.target is aten.masked_scatter.default

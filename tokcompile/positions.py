@@ -85,18 +85,31 @@ def recompute(
 
 
 def compact(transport: Transport, positions: Node, token_map: TokenMap) -> Node:
-    """New integer positions: those of the kept tokens, less the number of tokens dropped before each."""
+    """New integer positions: those of the kept tokens, less the number of tokens dropped before each.
+
+    Tokens put in before a token move it up. A fresh token follows the one that stands for it, or precedes the first;
+    without a position it has number 0, at which a rotation turns nothing.
+    """
     known = transport.cloned.get(id(token_map), {})
     if positions in known:
         return known[positions]
     editor = transport.editor
     kept, spot, batch = transport.move_dim(positions, token_map, transport.where(positions, token_map.axis)[0])
-    index = editor.call(aten.arange.default, token_map.new, device=positions.meta["val"].device)
-    shift = editor.call(aten.sub.Tensor, token_map.source, index)
-    for dim in range(kept.meta["val"].ndim):
-        if dim not in (spot, batch):
-            shift = editor.call(aten.unsqueeze.default, shift, dim)
-    return editor.call(aten.sub.Tensor, kept, shift)
+    if token_map.positions == "compact":
+        index = editor.call(aten.arange.default, token_map.new, device=positions.meta["val"].device)
+        shift = _beside(editor, editor.call(aten.sub.Tensor, token_map.source, index), kept, (spot, batch))
+        kept = editor.call(aten.sub.Tensor, kept, shift)
+    if token_map.fresh is not None and token_map.silent:
+        kept = editor.call(aten.masked_fill.Scalar, kept, _beside(editor, token_map.fresh, kept, (spot, batch)), 0)
+    return kept
+
+
+def _beside(editor: Editor, value: Node, other: Node, dims: tuple[int, int]) -> Node:
+    """A value [B, T'] with a dimension of size 1 for each of another's that counts no rows or tokens."""
+    for dim in range(other.meta["val"].ndim):
+        if dim not in dims:
+            value = editor.call(aten.unsqueeze.default, value, dim)
+    return value
 
 
 def _between(start: Node, end: Node) -> list[Node]:

@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from tokcompile.axes import resolve
 from tokcompile.axes.context import MAX, arg, is_empty, wrap
-from tokcompile.edit import Length, add, sub
+from tokcompile.edit import Editor, Length, add, sub
 from tokcompile.errors import EditError
+from tokcompile.inserted import originals
 from tokcompile.program import place
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def select(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
     where, index = wrap(node.args[1], len(transport.of(value))), node.args[2]
     if where not in transport.where(value, token_map.axis):
         return None
+    if token_map.fresh is not None:
+        return _of_originals(transport, node, token_map, value)
     if not isinstance(index, int):
         raise EditError("the model takes a token by a computed index", where=[place(node)])
     ends = (0, index + 1) if index >= 0 else (index, MAX)
@@ -36,6 +39,8 @@ def slice_(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
     where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
     if where not in transport.where(value, token_map.axis):
         return None
+    if token_map.fresh is not None and token_map.parent is None:
+        return _of_inserted(transport, node, token_map, value, where)
     start, end, step = arg(node, 2, "start") or 0, arg(node, 3, "end"), arg(node, 4, "step", 1)
     end = None if isinstance(end, int) and end >= MAX else end
     if not isinstance(start, int) or step != 1 or not (end is None or isinstance(end, int)):
@@ -50,6 +55,64 @@ def slice_(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
     if start < 0 or (end is not None and end > 0):
         return _short_slice(transport, node, token_map, start, end)
     return _long_slice(transport, node, token_map, where, start, end)
+
+
+def _of_originals(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap:
+    """Tokens that are taken by place are those of the old sequence."""
+    if value.meta["val"].ndim > 3:
+        raise EditError(
+            "the model takes some of the keys or queries by place after tokens were put in",
+            where=[place(node)],
+            found=f"'{node.target}' of {tuple(value.meta['val'].shape)}, as a sliding window's cache does",
+            remedy="insert where all tokens go through together, or call the model with use_cache=False",
+        )
+    transport.editor.swap_input(node, value, originals(transport, value, token_map))
+    return replace(token_map, axis=())
+
+
+def _of_inserted(transport: Transport, node: Node, token_map: TokenMap, value: Node, where: int) -> TokenMap:
+    """A range of a sequence that tokens were put into.
+
+    Where the class tokens in front are parted from the patches, as for rotary tables of these alone, and joined with
+    them again, tokens that were put in before the patches go with the class tokens.
+    """
+    start, end, step = arg(node, 2, "start") or 0, arg(node, 3, "end"), arg(node, 4, "step", 1)
+    open_end = end is None or (isinstance(end, int) and end >= MAX)
+    border = start if open_end else end
+    if transport.borders.get(value) != border and not _parted(node, value, where, border):
+        return _of_originals(transport, node, token_map, value)
+    run = token_map.run
+    alone = transport.of(value)[where] == resolve(token_map.axis) and step == 1
+    if run is None or not isinstance(run[0], int) or run[0] > border or not alone:
+        raise EditError(
+            "the model parts class tokens from patches, and tokens were put in among or behind the patches",
+            where=[place(node)],
+            found=f"{border} class tokens",
+            remedy="insert at `where: front` or `where: patches`",
+        )
+    transport.borders[value] = border  # the other part is seen later
+    bounds = (border + run[1], MAX) if open_end else (0, border + run[1])
+    transport.editor.set_args(node, [value, node.args[1], *bounds])
+    node.meta["val"] = transport.editor.evaluate(node)
+    if not open_end:
+        transport.parted[node] = token_map
+        transport.mark(node, token_map)
+    return replace(token_map, axis=())
+
+
+def _parted(node: Node, value: Node, where: int, border: Any) -> bool:
+    """Whether a value is taken apart at a place, `[:n]` and `[n:]`, and the first part is joined to others again."""
+    if not isinstance(border, int) or border <= 0:
+        return False
+    parts = [u for u in value.users if u.target is aten.slice.Tensor and arg(u, 1, "dim", 0) == node.args[1]]
+    first = [u for u in parts if (arg(u, 2, "start") or 0) == 0 and arg(u, 3, "end") == border]
+    rest = [u for u in parts if arg(u, 2, "start") == border and (arg(u, 3, "end") or MAX) >= MAX]
+    return bool(first and rest) and all(_joins(u, each, where) for each in first for u in each.users)
+
+
+def _joins(user: Node, part: Node, where: int) -> bool:
+    joins = user.target in (aten.cat.default, aten.concat.default) and user.args[0][0] is part
+    return joins and wrap(arg(user, 1, "dim", 0), part.meta["val"].ndim) == where
 
 
 def _near_bounds(start: int, end: int | None, old: Length) -> tuple[int, int | None]:
@@ -133,6 +196,9 @@ def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: 
 
 def cat(transport: Transport, node: Node, token_map: TokenMap, value: Node) -> TokenMap | None:
     where = wrap(arg(node, 1, "dim", 0), len(transport.of(value)))
+    if any(transport.parted.get(part) is token_map for part in node.args[0]):
+        node.meta["val"] = transport.editor.evaluate(node)
+        return token_map
     if where not in transport.where(value, token_map.axis):
         return None
     parts = [v for v in node.args[0] if not is_empty(v)]
@@ -185,7 +251,7 @@ def _extended(transport: Transport, token_map: TokenMap, axis: Any, before: int,
     """The map of a sequence with more tokens at its ends. One for all that join them: they may meet again."""
     editor = transport.editor
     source_ = editor.call(aten.add.Tensor, token_map.source, before) if before else token_map.source
-    keep = token_map.keep
+    keep, fresh = token_map.keep, token_map.fresh
     rows = editor.size(source_, 0)
     device = source_.meta["val"].device
     old = editor.arithmetic(add, token_map.old, before + after)
@@ -199,4 +265,34 @@ def _extended(transport: Transport, token_map: TokenMap, axis: Any, before: int,
             first = count == before and start == 0
             source_ = editor.call(aten.cat.default, [index, source_] if first else [source_, index], 1)
             keep = editor.call(aten.cat.default, [stays, keep] if first else [keep, stays], 1)
-    return replace(token_map, axis=axis, source=source_, keep=keep, old=old, new=new, parent=token_map, part=None)
+            if fresh is not None:
+                own = editor.call(aten.new_full.default, fresh, [editor.size(fresh, 0), count], False)
+                fresh = editor.call(aten.cat.default, [own, fresh] if first else [fresh, own], 1)
+    return replace(
+        token_map,
+        axis=axis,
+        source=source_,
+        keep=keep,
+        old=old,
+        new=new,
+        parent=token_map,
+        part=None,
+        fresh=fresh,
+        inverse=_extended_inverse(editor, token_map, before, after),
+        run=None,
+    )
+
+
+def _extended_inverse(editor: Editor, token_map: TokenMap, before: int, after: int) -> Node | None:
+    """Where the old tokens went, of a sequence with more tokens at its ends."""
+    inverse = token_map.inverse
+    if inverse is None:
+        return None
+    inverse = editor.call(aten.add.Tensor, inverse, before)
+    rows, device = editor.size(inverse, 0), inverse.meta["val"].device
+    for count, start in ((before, 0), (after, editor.arithmetic(add, token_map.new, before))):
+        if count:
+            index = editor.call(aten.arange.start, start, editor.arithmetic(add, start, count), device=device)
+            index = editor.call(aten.expand.default, index, [rows, count])
+            inverse = editor.call(aten.cat.default, [index, inverse] if start == 0 else [inverse, index], 1)
+    return inverse

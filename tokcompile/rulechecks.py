@@ -13,7 +13,7 @@ from tokcompile.steps import REFERENCES, Score, Step
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
 
-NOUN = {"tap": "tap", "score": "score", "select": "selection", "merge": "merge"}
+NOUN = {"tap": "tap", "score": "score", "select": "selection", "merge": "merge", "insert": "set of tokens"}
 _OPTION_KEYS = frozenset({"rule", "rules"})
 
 

@@ -39,6 +39,12 @@ class TokenMap:
         ascending: whether `source` lists tokens in the order of their places.
         placed: int64 [B, T'], where the tokens of a text take their positions from, if that is not `source`: features
             that stand in another order than their places.
+        fresh: bool [B, T'], the tokens that stand for no old one; `source` is then an old token near by. None where
+            there are none.
+        inverse: int64 [B, T], where each old token went; known where there are fresh ones.
+        silent: whether fresh tokens have no position.
+        run: the place of the first fresh token and how many follow it, where they stand together at the same place in
+            all rows.
     """
 
     axis: Dim
@@ -58,6 +64,10 @@ class TokenMap:
     spliced: TokenMap | None = None
     ascending: bool = True
     placed: Node | None = None
+    fresh: Node | None = None
+    inverse: Node | None = None
+    silent: bool = False
+    run: tuple[Length, int] | None = None
 
 
 def make_map(editor: Editor, keep: Node, axis: Any, rows: Any, old: Any, new: Any, positions: str) -> TokenMap:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokcompile import positional
+from tokcompile import inserted, positional
 from tokcompile.axes import Dim, product, resolve, size_of
 from tokcompile.axes.atoms import same
 from tokcompile.axes.infer import broadcasts
@@ -47,6 +47,7 @@ class Transport:
     def __init__(self, editor: Editor, sites: Sites) -> None:
         self.editor = editor
         self.axes = editor.program.axes
+        self.sites = sites
         self.splice = sites.splice
         self.rotary = {r.positions for tables in sites.rotary.values() for r in tables}
         self.edited: dict[Node, list[TokenMap]] = {}
@@ -56,7 +57,11 @@ class Transport:
         self.cloned: dict[int, dict[Node, Node]] = {}
         self.values: dict[tuple[Any, ...], torch.Tensor] = {}
         self._dims: dict[Node, list[Dim]] = {}
-        self._moved: dict[tuple[Node, int, tuple[int, int]], Node] = {}
+        self.until: Node | None = None
+        self.parted: dict[Node, TokenMap] = {}
+        self.borders: dict[Node, int] = {}
+        self.originals: dict[tuple[Node, TokenMap], Node] = {}
+        self._moved: dict[tuple[Node, int, tuple[int, int], str], Node] = {}
 
     def of(self, node: Node) -> list[Dim]:
         """Dimensions of a value on the old axes."""
@@ -71,13 +76,14 @@ class Transport:
         wanted = resolve(axis)
         return contains(dim, wanted) or (wanted in self.thin and any(atom in dim for atom in wanted))
 
-    def apply(self, cut: Node, token_map: TokenMap, content: Node | None = None) -> Node:
+    def apply(self, cut: Node, token_map: TokenMap, content: Node | None = None, until: Node | None = None) -> Node:
         """Cut at a value and rewrite everything that depends on it.
 
         Args:
             cut: the value at which tokens are taken out; it holds the map's axis once.
             content: what stands in its place, with the new axis where it holds the old one; the tokens that the map
                 names, by default.
+            until: the value from which on fresh tokens are gone again; they stay to the end by default.
 
         Returns:
             The value after the cut.
@@ -107,7 +113,11 @@ class Transport:
         for user in users:
             self.editor.swap_input(user, cut, content)
         self.mark(content, token_map, self.axes.of(cut))
-        self.walk(content)
+        self.until = until
+        if until is cut:
+            inserted.take_out(self, content, token_map)
+        else:
+            self.walk(content)
         return content
 
     def mark(self, node: Node, token_map: TokenMap, dims: list[Dim] | None = None) -> None:
@@ -115,6 +125,10 @@ class Transport:
         self.edited.setdefault(node, []).append(token_map)
         if dims is not None:
             self._dims[node] = dims
+
+    def mark_old(self, node: Node, like: Node) -> None:
+        """Note that a value has the dimensions that another one had before the edit."""
+        self._dims[node] = self.of(like)
 
     def walk(self, start: Node, end: Node | None = None) -> None:
         """Rewrite what depends on edited values, from after one node to another, or to the end of the graph."""
@@ -126,6 +140,9 @@ class Transport:
                 and any(a in self.edited for a in node.all_input_nodes)
             ):
                 self._visit(node)
+            if node is self.until:
+                for token_map in self.edited.get(node, []):
+                    inserted.take_out(self, node, token_map)
             if node is end:
                 return
 
@@ -163,6 +180,12 @@ class Transport:
         """Where features are put among tokens, the map of those that follows from the features'."""
         if node.target is not aten.masked_scatter.default or token_map not in self.edited.get(node.args[2], []):
             return token_map
+        if token_map.fresh is not None:
+            raise EditError(
+                "tokens that a rule put among features would be spliced into a text, which has no place for them",
+                where=[place(node)],
+                remedy="take them out before, with `until: projector.input` or `until: splice.input`",
+            )
         if self.splice is not None and node is self.splice.node:
             self.texts[token_map] = positional.spliced(self, node, token_map)
         if token_map not in self.texts:
@@ -187,7 +210,7 @@ class Transport:
     def fits(self, node: Node, token_map: TokenMap) -> bool:
         """Whether features fit the tokens that they are put among: they were cut as these were, or are of others."""
         if token_map.spliced is None:
-            return False
+            return token_map.fresh is not None  # which stand at no place of a feature
         others = self.splice is not None and any(node is each.node for each in self.splice.further)
         return others or token_map.spliced in self.edited.get(node.args[2], [])
 
@@ -222,9 +245,10 @@ class Transport:
                 found=f"'{value.name}' {tuple(value.meta['val'].shape)}",
                 remedy="drop tokens further down",
             )
-        self.editor.swap_input(user, value, self._brought(value, token_map, self._align(user, value, token_map)))
+        aligned, kind = self.align(user, value, token_map), inserted.kind(self, user, value, token_map)
+        self.editor.swap_input(user, value, self.brought(value, token_map, aligned, kind))
 
-    def _align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:
+    def align(self, user: Node, value: Node, token_map: TokenMap) -> tuple[int, int]:
         """How a value's dimensions meet the batch rows of its user's result.
 
         Returns:
@@ -256,10 +280,18 @@ class Transport:
             )
         return max(-index, 0), max(index, 0)
 
-    def _brought(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
-        key = (value, id(token_map), aligned)
+    def brought(
+        self, value: Node, token_map: TokenMap, aligned: tuple[int, int], kind: inserted.Kind = inserted.Kind.LIKE
+    ) -> Node:
+        """A value on the new axis; made once for all who read it.
+
+        Args:
+            aligned: what `align` says.
+            kind: what fresh tokens have of it.
+        """
+        key = (value, id(token_map), aligned, kind.value)
         if key not in self._moved:
-            self._moved[key] = self._move(value, token_map, aligned)
+            self._moved[key] = self._move(value, token_map, aligned, kind)
             lead, batch = aligned
             dims = [()] * lead + self.of(value)
             if batch >= 0:
@@ -267,24 +299,27 @@ class Transport:
             self.mark(self._moved[key], token_map, dims)
         return self._moved[key]
 
-    def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int]) -> Node:
+    def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int], kind: inserted.Kind) -> Node:
         lead, batch = aligned
         if token_map.placed is not None and self._is_position(value, token_map):
             token_map = replace(token_map, source=token_map.placed)
-        if token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point:
+        compacts = token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point
+        if kind is inserted.Kind.COUNTED or (compacts and token_map.fresh is None):
             positions = positions_of(self, value, token_map)
             if positions is not None:
                 return self._renumbered(value, positions, token_map, aligned)
+        if kind is inserted.Kind.SUM:
+            return inserted.moved_sum(self, value, token_map, aligned)
         inside = value.target is aten.unsqueeze.default and value.args[1] % len(self.of(value)) != 0
         if inside and batch <= 0 and not lead and self.of(value.args[0])[:1] in ([()], [resolve(token_map.rows)]):
             # One gather for a table that every layer unsqueezes.
-            inner = self._brought(value.args[0], token_map, aligned)
+            inner = self.brought(value.args[0], token_map, aligned, kind)
             return self.editor.clone(value, {value.args[0]: inner})
         moved, spots = value, self.where(value, token_map.axis)
         if batch < 0:
             for spot in spots:
                 moved, _, _ = self.move_dim(moved, token_map, spot, self.of(value))
-            return moved
+            return inserted.finish(self, value, moved, token_map, aligned, kind)
         for _ in range(lead):
             moved = self.editor.call(aten.unsqueeze.default, moved, 0)
         dims = [()] * lead + self.of(value)
@@ -294,7 +329,7 @@ class Transport:
                 moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot, batch)
             else:
                 moved = self._move_flat(moved, token_map, spot, dims)
-        return moved
+        return inserted.finish(self, value, moved, token_map, aligned, kind)
 
     def _is_position(self, value: Node, token_map: TokenMap) -> bool:
         """Whether a value is rotary positions, or a table computed from positions."""

@@ -27,6 +27,11 @@ def bools(*shape: int) -> torch.Tensor:
     return floats(*shape) > 0
 
 
+def slots(batch: int) -> torch.Tensor:
+    """Two of six places in each row."""
+    return torch.stack([(torch.arange(6) == row % 5) | (torch.arange(6) == 5) for row in range(batch)])
+
+
 def _pairs(batch: int) -> tuple[torch.Tensor, ...]:
     lists = torch.arange(9), torch.arange(9, 12), torch.arange(3)
     return tuple(each.expand(batch, -1).clone() for each in lists)
@@ -60,6 +65,12 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     "attention_row": (
         lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 12, 12), torch.arange(b) % 12),
         lambda q, k, mask, index: ops.attention_row(q, k, mask, index, *ATTENTION),
+    ),
+    "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
+    "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
+    "insert_tokens": (
+        lambda b: (floats(b, 4, 5), ops.inserted_source(slots(b), floats(b, 4), None), slots(b), floats(b, 2, 5)),
+        lambda x, source, fresh, tokens: ops.insert_tokens(x, source, fresh, tokens),
     ),
     "token_source": (
         lambda b: (torch.arange(5 * b).view(b, 5) % 12, floats(b, 12)),

@@ -22,6 +22,9 @@ OTHER = {
     "visionzip": {"dominant": 20},
     "vqtoken": {"codes": 12},
     "svit_sta": {"cell": 4},
+    "image": {"tokens": 4},
+    "meta_tokens": {"share": 0.25},
+    "hita": {"queries": 4},
 }
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32}

@@ -213,6 +213,27 @@ def token_source(ctx: Context, node: Node) -> Dims:
     return [batch or ctx.of(node.args[0])[0], made]
 
 
+def inserted_source(ctx: Context, node: Node) -> Dims:
+    """tokred::inserted_source: the axis of the longer sequence remembers the one that it was made from."""
+    fresh_dims, old = ctx.of(node.args[0]), ctx.of(node.args[1])
+    made = resolve(fresh_dims[1])
+    if len(made) == 1:
+        made[0].origin, made[0].via = resolve(old[1]), node
+    return [old[0] or fresh_dims[0], made]
+
+
+def original_places(ctx: Context, node: Node) -> Dims:
+    """tokred::original_places: one number for each old token."""
+    return ctx.of(node.args[1])[:2]
+
+
+def insert_tokens(ctx: Context, node: Node) -> Dims:
+    """tokred::insert_tokens: the longer sequence, each token of the same width as before."""
+    value, chosen = ctx.of(node.args[0]), ctx.of(node.args[1])
+    ctx.unify(node, value[2], ctx.of(node.args[3])[2])
+    return [value[0] or chosen[0], chosen[1], value[2]]
+
+
 def match_pairs(ctx: Context, node: Node) -> Dims:
     """tokred::match_pairs: three lists in one."""
     return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
@@ -371,6 +392,9 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "gather_tokens": gather_tokens,
     "kept_indices": kept_indices,
     "token_source": token_source,
+    "inserted_source": inserted_source,
+    "original_places": original_places,
+    "insert_tokens": insert_tokens,
     "match_pairs": match_pairs,
     "merge_pairs": merge_pairs,
     "inverse_map": inverse_map,

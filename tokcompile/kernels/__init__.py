@@ -18,6 +18,8 @@ if __name__ == "tokcompile.kernels":
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .gather_tokens import gather_tokens
+    from .insert_tokens import insert_tokens
+    from .inserted_source import inserted_source
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .kmeans_assign import kmeans_assign
@@ -27,6 +29,7 @@ if __name__ == "tokcompile.kernels":
     from .merge_weights import merge_weights
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
+    from .original_places import original_places
     from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .splice_values import splice_values
@@ -58,6 +61,8 @@ __all__ = [
     "fill_mask",
     "first_members",
     "gather_tokens",
+    "insert_tokens",
+    "inserted_source",
     "inverse_map",
     "kept_indices",
     "kmeans_assign",
@@ -67,6 +72,7 @@ __all__ = [
     "merge_weights",
     "mix_tokens",
     "names",
+    "original_places",
     "nearest_tokens",
     "pool_matrix",
     "random_scores",

@@ -10,7 +10,7 @@ from . import _library
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """Attend under a padding mask that may be longer than the keys.
+    """Attend under a padding mask that may be longer or shorter than the keys.
 
     A mask made once for all layers is sized by one layer's cache; layers whose caches were shortened cannot use it. The
     two-dimensional mask that a caller passes fits them all: padding stands on the left, so its first Tk columns say
@@ -19,7 +19,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale:
     Args:
         query: [B, H, Tq, D].
         key, value: [B, Hkv, Tk, D], H a multiple of Hkv.
-        padding: bool or int [B, at least Tk], nonzero for real tokens.
+        padding: bool or int [B, N], nonzero for real tokens.
         scale: what scores are multiplied by.
         is_causal: each query sees the keys up to its own place, the last query being the last key.
 
@@ -27,7 +27,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale:
         [B, H, Tq, D], dtype of query.
     """
     queries, keys = query.shape[-2], key.shape[-2]
-    mask = padding[:, :keys].to(torch.bool)[:, None, None, :]
+    mask = F.pad(padding.to(torch.bool), (0, keys), value=True)[:, None, None, :keys]
     if is_causal:
         place = torch.arange(queries, device=query.device) + (keys - queries)
         mask = mask & (torch.arange(keys, device=query.device)[None, :] <= place[:, None])

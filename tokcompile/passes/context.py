@@ -104,10 +104,14 @@ class Context:
         if padding is None:
             return None
         mask = self.editor.call(aten.ne.Scalar, padding, 0)
-        return self.align(mask, oldest(axis), axis)
+        return self.align(mask, oldest(axis), axis, fill=1.0)
 
     def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None) -> Node:
-        """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it."""
+        """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it.
+
+        Args:
+            fill: what tokens have that the value says nothing of; tokens that a rule put in have 0 where none is given.
+        """
         start, goal = resolve(start), resolve(goal)
         if start == goal:
             return value
@@ -118,6 +122,8 @@ class Context:
         if chain is not None:
             for via in chain:
                 value = self.editor.call(tokred.gather_tokens.default, value, via, 1, 0)
+                if via.target is tokred.inserted_source.default:
+                    value = self.editor.call(aten.masked_fill.Scalar, value, via.args[0], fill or 0)
             return value
         whole = self._among_class_tokens(value, start, goal, fill)
         if whole is None:

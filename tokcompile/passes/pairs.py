@@ -7,11 +7,12 @@ from fractions import Fraction
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import Dim, product, resolve
+from tokcompile.axes import Dim
 from tokcompile.errors import EditError
 from tokcompile.keybias import bias_keys
-from tokcompile.passes.context import Context, longest_segment, oldest
+from tokcompile.passes.context import Context
 from tokcompile.passes.restore import restore
+from tokcompile.passes.slots import leading_tokens
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
 from tokcompile.sites.address import resolve_every
@@ -73,7 +74,7 @@ def _merge_at(ctx: Context, step: Merge, place: Place, wanted: int, state: _Merg
             found=f"{tuple(node.meta['val'].shape)}",
             remedy="compile with a static image size",
         )
-    leading = _leading(at.axis) if step.protect == "leading" else 0
+    leading = (leading_tokens(at.axis) or 0) if step.protect == "leading" else 0
     count = min(wanted, max(tokens - leading, 0) // 2)
     ctx.log.append(
         {"verb": "merge", "at": place.address, "by": step.by, "from": str(tokens), "to": str(tokens - count)}
@@ -115,15 +116,6 @@ def _metric(ctx: Context, step: Merge, place: Place) -> Node:
     if step.metric == "k" and site.key_transposed:
         value = ctx.editor.call(aten.transpose.int, value, -2, -1)
     return ctx.editor.call(aten.mean.dim, value, [1])
-
-
-def _leading(axis: Dim) -> int:
-    """Class and register tokens in front of the patches, which merges leave where they are."""
-    start = oldest(axis)
-    if len(start) != 1 or not start[0].segments:
-        return 0
-    segments = [resolve(s) for s in start[0].segments]
-    return sum(product(s) for s in segments[: segments.index(longest_segment(start))])
 
 
 def _weigh(ctx: Context, step: Merge, state: _Merged, owner: str, blocks: range) -> None:

@@ -26,6 +26,7 @@ _NORMS = {aten.layer_norm.default}
 EDITS = {
     torch.ops.tokred.gather_tokens.default,
     torch.ops.tokred.merge_pairs.default,
+    torch.ops.tokred.insert_tokens.default,
     torch.ops.tokred.mix_tokens.default,
 }
 """Operators that edits put on the stream; the first argument is the stream as it was."""

@@ -89,9 +89,13 @@ def _variants(mask: Node, reach: Reach) -> Iterator[torch.Tensor]:
 
 def is_causal(site: Attention, reach: Reach) -> bool:
     """Whether no query sees a later key: by the flag, or by the mask's values when every token is real."""
-    if site.is_causal:
-        return True
-    return site.mask is not None and any(map(hides_later, _variants(site.mask, reach)))
+    return site.is_causal or (site.mask is not None and bool(hides_later_keys(site.mask, reach)))
+
+
+def hides_later_keys(mask: Node, reach: Reach) -> bool | None:
+    """Whether a mask hides later keys from queries; None where its values are not known."""
+    known = [hides_later(hidden) for hidden in _variants(mask, reach)]
+    return any(known) if known else None
 
 
 def hides_later(hidden: torch.Tensor) -> bool:
