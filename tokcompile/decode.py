@@ -9,6 +9,7 @@ do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch.fx import Node
@@ -20,14 +21,16 @@ from tokcompile.axes.atoms import same
 from tokcompile.binding import RuleInstance
 from tokcompile.edit import Editor, Length, sub
 from tokcompile.errors import CaptureError
+from tokcompile.emptyslots import follow_slots
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop
+from tokcompile.steps import Drop, Mark, Step
 
 aten = torch.ops.aten
+_StepT = TypeVar("_StepT", bound=Step)
 
 
 def adapt_decode(
@@ -45,14 +48,21 @@ def adapt_decode(
     drops = [
         (_first_block(step, depth), step, rule, record)
         for rule, record in zip(rules, applied, strict=True)
-        for step in _drops(rule, facts)
+        for step in _steps(rule, facts, Drop)
     ]
+    marks = [(_first_block(step, depth), step, rule) for rule in rules for step in _steps(rule, facts, Mark)]
+    first_mark = min((first for first, _, _ in marks), default=None)
     cuts = [
         Cut(first, takes_padding(rule.rule, step, _known(rule, facts)), f"{rule.rule.path}:{step.line}")
         for first, step, rule, _ in drops
     ]
+    editor = Editor(program, rules[0].name, applied[0].counts)
     if cuts:
-        follow_padding(program, sites, cuts, Editor(program, rules[0].name, applied[0].counts))
+        follow_padding(program, sites, cuts, editor, first_mark)
+        sites = find_sites(program)
+    if first_mark is not None:
+        _check_marks(program, sites, drops, marks)
+        follow_slots(program, sites, sorted({first for first, *_ in (*marks, *drops)}), first_mark, editor)
         sites = find_sites(program)
     places = sorted({d[0] for d in drops if d[0] < depth})
     for first in places:
@@ -70,19 +80,20 @@ def adapt_decode(
             _check_given(program, sites, rule, step)
 
 
-def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop]:
-    """The drops of a rule with their values filled in; steps that choose may need facts that only a prompt has."""
+def _steps(rule: RuleInstance, facts: Mapping[str, int], kind: type[_StepT]) -> list[_StepT]:
+    """The steps of a rule of one kind with their values filled in; those that choose may need facts of a prompt."""
     known = _known(rule, facts)
-    steps = [s for s in rule.rule.steps if isinstance(s, Drop)]
-    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in ("at", "positions")}) for s in steps]
+    steps = [s for s in rule.rule.steps if isinstance(s, kind)]
+    fields = [f for f in ("at", "positions") if f in kind.model_fields]
+    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in fields}) for s in steps]
 
 
 def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop, depth: int) -> int:
-    """The first decoder block whose cache a drop shortened."""
+def _first_block(step: Drop | Mark, depth: int) -> int:
+    """The first decoder block whose cache a step shortened."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
         return 0
@@ -90,13 +101,28 @@ def _first_block(step: Drop, depth: int) -> int:
     return (index + depth if index < 0 else index) + (address.part == "output")
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop) -> None:
+def _check_marks(program: Program, sites: Sites, drops: Sequence[tuple], marks: Sequence[tuple]) -> None:
+    """Refuse positions that are counted from caches: these hold markers, whose number depends on the data."""
+    for first, step, rule in marks:
+        if first == 0:
+            _check_given(program, sites, rule, step)
+    compacted = [f"{rule.rule.path}:{step.line}" for _, step, rule, _ in drops if step.positions == "compact"]
+    if compacted:
+        raise CaptureError(
+            "positions of new tokens cannot be compacted after a mark",
+            where=[*compacted, *(f"{rule.rule.path}:{step.line}" for _, step, rule in marks)],
+            found="caches with markers and empty slots: they do not say how many tokens were dropped",
+            remedy="use `positions: keep` in drop steps",
+        )
+
+
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Mark) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:
         if not sites.reach.any_above(rotary.positions, inputs):
             raise CaptureError(
-                f"rule '{instance.name}' dropped prompt tokens, and this step counts its position from the cache",
+                f"rule '{instance.name}' took tokens out of the prompt, and this step counts its position from the cache",
                 where=[f"{instance.rule.path}:{step.line}"],
                 found="neither position_ids nor attention_mask is given",
                 remedy="pass position_ids (of the unpruned sequence), as model.generate does",

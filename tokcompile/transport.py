@@ -20,6 +20,7 @@ from tokcompile.axes.infer import broadcasts
 from tokcompile.axes.views import SPLITS
 from tokcompile.edit import Editor
 from tokcompile.errors import EditError
+from tokcompile.fresh import of_images, without_fresh
 from tokcompile.positions import positions_of, renumber
 from tokcompile.program import place
 from tokcompile.shapes import contains, repair, takes_apart
@@ -261,6 +262,9 @@ class Transport:
             dims = [()] * lead + self.of(value)
             if batch >= 0:
                 dims[batch] = resolve(token_map.rows)
+            if token_map.fresh is not None and of_images(value, self.splice):
+                spots = [i for i, dim in enumerate(dims) if self.counts(dim, token_map.axis)]
+                self._moved[key] = without_fresh(self.editor, self._moved[key], token_map, spots, batch)
             self.mark(self._moved[key], token_map, dims)
         return self._moved[key]
 

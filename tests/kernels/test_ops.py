@@ -62,6 +62,26 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: ((torch.arange(12) % 3 == 0).expand(b, 12).clone(), floats(b, 4)),
         lambda mask, values: ops.splice_values(mask, values, -1.0),
     ),
+    "long_runs": (lambda b: (bools(b, 12),), lambda mask: ops.long_runs(mask, 2)),
+    "mark_slots": (lambda b: (bools(b, 12),), lambda runs: ops.mark_slots(runs, 11)),
+    "slot_source": (
+        lambda b: (torch.arange(11 * b).view(b, 11) % 9 - 4, bools(b, 12)),
+        lambda slots, like: ops.slot_source(slots, like),
+    ),
+    "slot_means": (
+        lambda b: (floats(b, 12, 4), ops.mark_slots(bools(b, 12), 11)),
+        lambda x, slots: ops.slot_means(x, slots),
+    ),
+    "mark_tokens": (
+        lambda b: (floats(b, 12, 4), ops.mark_slots(bools(b, 12), 11), floats(b, 4)),
+        lambda x, slots, content: ops.mark_tokens(x, slots, content),
+    ),
+    "masked_mean": (lambda b: (floats(b, 12, 4), bools(b, 12)), lambda x, mask: ops.masked_mean(x, mask)),
+    "clear_slots": (lambda b: (floats(b, 2, 12, 4), bools(b, 12)), lambda x, filled: ops.clear_slots(x, filled)),
+    "held_slots": (
+        lambda b: (ops.clear_slots(floats(b, 2, 12, 4), bools(b, 12)),),
+        lambda x: ops.held_slots(x),
+    ),
     "token_norm": (lambda b: (floats(b, 12, 4),), lambda x: ops.token_norm(x, 2.0)),
     "token_cosine": (lambda b: (floats(b, 12, 4), floats(b, 4)), lambda x, r: ops.token_cosine(x, r)),
 }

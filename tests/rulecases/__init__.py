@@ -27,6 +27,7 @@ class RuleCase:
         tolerance: largest difference of logits to the hand-run in float32; above 0 only for sums in another order.
         coarse: the same in bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
+        slots: whether it lists slots instead, of which the first may be empty.
     """
 
     models: tuple[str, ...]
@@ -35,6 +36,7 @@ class RuleCase:
     tolerance: float = 0
     coarse: float = 0
     drops: bool = True
+    slots: bool = False
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}

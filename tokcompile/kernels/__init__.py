@@ -9,16 +9,24 @@ if __name__ == "tokcompile.kernels":
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
+    from .clear_slots import clear_slots
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
     from .fill_mask import fill_mask
     from .gather_tokens import gather_tokens
+    from .held_slots import held_slots
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .last_valid import last_valid
+    from .long_runs import long_runs
+    from .mark_slots import mark_slots
+    from .mark_tokens import mark_tokens
+    from .masked_mean import masked_mean
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
     from .random_scores import random_scores
+    from .slot_means import slot_means
+    from .slot_source import slot_source
     from .splice_values import splice_values
     from .token_cosine import token_cosine
     from .token_norm import token_norm
@@ -29,19 +37,27 @@ __all__ = [
     "attention",
     "attention_received",
     "attention_row",
+    "clear_slots",
     "define",
     "dilate",
     "dilate_by_width",
     "fill_mask",
     "gather_tokens",
+    "held_slots",
     "inverse_map",
     "kept_indices",
     "last_valid",
+    "long_runs",
+    "mark_slots",
+    "mark_tokens",
+    "masked_mean",
     "match_pairs",
     "merge_pairs",
     "names",
     "random_scores",
     "reference_of",
+    "slot_means",
+    "slot_source",
     "splice_values",
     "token_cosine",
     "token_norm",

@@ -23,7 +23,11 @@ _VIEWS = {
     aten.to.dtype,
 }
 _NORMS = {aten.layer_norm.default}
-EDITS = {torch.ops.tokred.gather_tokens.default, torch.ops.tokred.merge_pairs.default}
+EDITS = {
+    torch.ops.tokred.gather_tokens.default,
+    torch.ops.tokred.merge_pairs.default,
+    torch.ops.tokred.mark_tokens.default,
+}
 """Operators that edits put on the stream; the first argument is the stream as it was."""
 _PASSED = _VIEWS | EDITS
 
