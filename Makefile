@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale lint format train schema results clean
+.PHONY: setup demo test test-slow coverage scale speed lint format train schema results clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ coverage: setup
 # Times rewrites of models of 4 to 80 layers and writes docs/scale.md; some minutes, most of them capture.
 scale: setup
 	$(BIN)/python tests/scale_table.py
+
+# Times a ViT-B/16 of 384 pixels with merged pairs and writes docs/speed.md; needs EXTRAS=demo,dev,timm and a quiet machine.
+speed: setup
+	$(BIN)/python tests/merge_speed.py
 
 lint: setup
 	$(BIN)/ruff check .

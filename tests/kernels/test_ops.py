@@ -27,6 +27,11 @@ def bools(*shape: int) -> torch.Tensor:
     return floats(*shape) > 0
 
 
+def _pairs(batch: int) -> tuple[torch.Tensor, ...]:
+    lists = torch.arange(9), torch.arange(9, 12), torch.arange(3)
+    return tuple(each.expand(batch, -1).clone() for each in lists)
+
+
 # op -> (tensor arguments whose first dimension is the batch, call). The last test sees that no op is missing.
 CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]] = {
     "gather_tokens": (
@@ -55,6 +60,19 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     "attention_row": (
         lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 12, 12), torch.arange(b) % 12),
         lambda q, k, mask, index: ops.attention_row(q, k, mask, index, *ATTENTION),
+    ),
+    "token_source": (
+        lambda b: (torch.arange(5 * b).view(b, 5) % 12, floats(b, 12)),
+        lambda index, like: ops.token_source(index, like),
+    ),
+    "match_pairs": (lambda b: (floats(b, 12, 4),), lambda metric: ops.match_pairs(metric, 3, 1)),
+    "merge_pairs": (
+        lambda b: (floats(b, 12, 4), bools(b, 12) + 1.0, *_pairs(b)),
+        lambda x, size, source, given, into: ops.merge_pairs(x, size, source, given, into, True),
+    ),
+    "inverse_map": (
+        lambda b: (*_pairs(b), floats(b, 12)),
+        lambda source, given, into, like: ops.inverse_map(source, given, into, like),
     ),
     "last_valid": (lambda b: (bools(b, 12),), lambda mask: ops.last_valid(mask)),
     "random_scores": (lambda b: (floats(b, 12),), lambda like: ops.random_scores(like, 3)),
