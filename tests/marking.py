@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import naive
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Walked = list[tuple[int, int | None]]
-"""The new sequence of a row: the place of each token, and where the run begins that it stands for; None for an old one."""
+"""The new sequence of a row: the place of each token, and where its run begins; None for an old token."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Marks:
         content: what a marker holds, made of the stream [T, C], the walk's places and the image tokens.
         shortest: tokens of the shortest run that is replaced.
         layer: the decoder layer before which that happens.
+        then: tokens dropped before a later layer, of what is left.
     """
 
     choose: Callable[[nn.Module, Tensor], naive.Kept]
     content: str | Tensor = "run_mean"
     shortest: int = 1
     layer: int = 0
+    then: naive.Cut | None = None
 
 
 def walk(drop: Sequence[bool], shortest: int = 1) -> Walked:
@@ -93,7 +95,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor], marks: Marks) -> naive.Ran:
     logits = torch.zeros(len(rows), slots, rows[0][0].shape[-1], dtype=rows[0][0].dtype)
     filled = torch.zeros(len(rows), slots, dtype=torch.bool)
     lists = []
-    for number, (own, walked) in enumerate(rows):
+    for number, (own, walked, _) in enumerate(rows):
         logits[number, slots - len(own) :], filled[number, slots - len(own) :] = own, True
         pad = image.shape[1] - int(inputs["attention_mask"][number].sum())
         whole = walk(dropped(image[number].tolist(), kept[number]), marks.shortest)
@@ -114,10 +116,15 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, marks: Mar
     for number, chosen in enumerate(kept):
         ids, pixels = _alone(inputs, number)
         said: list[int] = []
-        logits = []
+        logits, now = [], marks
         for _ in range(steps):
             longer = torch.cat([ids, torch.tensor([said], dtype=torch.long)], 1)
-            out, _ = _row(model, longer, pixels, chosen, marks, len(said))
+            out, _, later = _row(model, longer, pixels, chosen, now, len(said))
+            if not said:
+                left = later
+            if marks.then is not None:  # what was dropped first stays dropped, and new tokens stay
+                again = naive._chosen_before([left], len(said) + 1)
+                now = replace(marks, then=replace(marks.then, choose=again))
             logits.append(out[-1])
             said.append(int(out[-1].argmax()))
         rows.append(torch.stack(logits))
@@ -132,8 +139,8 @@ def _alone(inputs: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
 
 def _row(
     model: nn.Module, ids: Tensor, pixels: Tensor, kept: Sequence[int], marks: Marks, said: int = 0
-) -> tuple[Tensor, Walked]:
-    """Logits [T', vocabulary] of a row whose last `said` tokens are the model's own, and its walk."""
+) -> tuple[Tensor, Walked, list[int]]:
+    """Logits [T', vocabulary] of a row whose last `said` tokens are the model's own, its walk, and what a drop left."""
     places = ids[0] == model.config.image_token_index
     places[len(places) - said :] = False
     features = model.model.multi_modal_projector(naive.vision_features(model, pixels))
@@ -142,18 +149,29 @@ def _row(
     image = places.tolist()
     walked = walk(dropped(image, kept), marks.shortest)
     positions = torch.arange(ids.shape[1])
-    text = model.model.language_model
+    state = naive.State(hidden, torch.ones_like(places)[None], places[None])
+    text, chosen = model.model.language_model, list[int]()
     for number, layer in enumerate(text.layers):
         if number == marks.layer:
-            hidden = marked(hidden[0], walked, image, marks.content)[None]
+            state.hidden = marked(state.hidden[0], walked, image, marks.content)[None]
             positions = positions[[end for end, _ in walked]]
-        hidden = _layer(model, layer, hidden, positions)
-    return model.lm_head(text.norm(hidden))[0], walked
+            state.image = torch.tensor([[image[end] and start is None for end, start in walked]])
+            state.valid = torch.ones_like(state.image)
+        if marks.then is not None and number == marks.then.layer:
+            (chosen,) = marks.then.choose(state)
+            state.hidden, positions = state.hidden[:, chosen], positions[chosen]
+        _layer(model, layer, state, positions)
+    return model.lm_head(text.norm(state.hidden))[0], walked, chosen
 
 
-def _layer(model: nn.Module, layer: nn.Module, hidden: Tensor, positions: Tensor) -> Tensor:
-    tokens = hidden.shape[1]
-    mask = naive._for(model, torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None], hidden.dtype)
-    tables = model.model.language_model.rotary_emb(hidden, positions[None])
-    out: Any = layer(hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=tables)
-    return out[0] if isinstance(out, tuple) else out
+def _layer(model: nn.Module, layer: nn.Module, state: naive.State, positions: Tensor) -> None:
+    """Run a layer, and note the attention of its last query."""
+    tokens = state.hidden.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    mask = naive._for(model, causal, state.hidden.dtype)
+    tables = model.model.language_model.rotary_emb(state.hidden, positions[None])
+    with naive._recorded(layer.self_attn) as seen:
+        out: Any = layer(state.hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=tables)
+    state.hidden = out[0] if isinstance(out, tuple) else out
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    state.scores.append(naive._last_row(layer.self_attn, seen, tables, causal, valid))

@@ -20,8 +20,8 @@ from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
 from tokcompile.binding import RuleInstance
 from tokcompile.edit import Editor, Length, sub
-from tokcompile.errors import CaptureError
 from tokcompile.emptyslots import follow_slots
+from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
@@ -122,7 +122,7 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: D
     for rotary in sites.rotary["decoder"]:
         if not sites.reach.any_above(rotary.positions, inputs):
             raise CaptureError(
-                f"rule '{instance.name}' took tokens out of the prompt, and this step counts its position from the cache",
+                f"rule '{instance.name}' took prompt tokens away, and this step counts its position from the cache",
                 where=[f"{instance.rule.path}:{step.line}"],
                 found="neither position_ids nor attention_mask is given",
                 remedy="pass position_ids (of the unpruned sequence), as model.generate does",

@@ -1,7 +1,7 @@
 """Which slots of a cache hold tokens, in a graph that continues a prompt into which markers were put.
 
-Their number differs from row to row and depends on the data, so that no input tells. The cache itself does: the prompt's
-graph wrote a value of no token into all slots that hold none, and into the caller's padding.
+Their number differs from row to row and depends on the data, so that no input tells. The cache itself does: the
+prompt's graph wrote a value that no token has into all slots that hold none, and into the caller's padding.
 """
 
 from __future__ import annotations
