@@ -47,11 +47,15 @@ class Cut:
 
 @dataclass
 class Ran:
-    """A hand-run: its logits, the tokens kept by each drop, and the tokens that each decoder layer saw."""
+    """A hand-run: its logits, the tokens kept by each drop, and the tokens that each decoder layer saw.
+
+    Where a compiled model leaves some places of the logits [B, T, V] empty, `filled`, bool [B, T], are the others.
+    """
 
     logits: Tensor
     kept: list[Kept]
     lengths: list[int]
+    filled: Tensor | None = None
 
 
 @torch.no_grad()

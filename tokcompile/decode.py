@@ -19,13 +19,14 @@ from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
 from tokcompile.binding import RuleInstance
 from tokcompile.edit import Editor, Length, sub
+from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop, Insert, Merge
+from tokcompile.steps import Drop, Insert, Mark, Merge
 
 aten = torch.ops.aten
 
@@ -47,6 +48,8 @@ def adapt_decode(
         for rule, record in zip(rules, applied, strict=True)
         for step in _edits(rule, facts)
     ]
+    marks = [(_first_block(step, depth), step, rule) for rule in rules for step in _marks(rule, facts)]
+    first_mark = min((first for first, _, _ in marks), default=None)
     cuts = [
         Cut(
             first,
@@ -56,8 +59,13 @@ def adapt_decode(
         )
         for first, step, rule, _ in drops
     ]
+    editor = Editor(program, rules[0].name, applied[0].counts)
     if cuts:
-        follow_padding(program, sites, cuts, Editor(program, rules[0].name, applied[0].counts))
+        follow_padding(program, sites, cuts, editor, first_mark)
+        sites = find_sites(program)
+    if first_mark is not None:
+        _check_marks(program, sites, drops, marks)
+        follow_slots(program, sites, sorted({first for first, *_ in (*marks, *drops)}), first_mark, editor)
         sites = find_sites(program)
     places = sorted({d[0] for d in drops if d[0] < depth})
     for first in places:
@@ -93,17 +101,39 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
     return found
 
 
+def _marks(rule: RuleInstance, facts: Mapping[str, int]) -> list[Mark]:
+    """The marks of a rule, with their addresses filled in."""
+    known = _known(rule, facts)
+    steps = [step for step in rule.rule.steps if isinstance(step, Mark)]
+    return [step.model_copy(update={"at": str(substitute(step.at, known))}) for step in steps]
+
+
 def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop | Merge | Insert, depth: int) -> int:
+def _first_block(step: Drop | Merge | Mark | Insert, depth: int) -> int:
     """The first decoder block whose cache an edit changed."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
         return 0
     index = int(address.index)
     return (index + depth if index < 0 else index) + (address.part == "output")
+
+
+def _check_marks(program: Program, sites: Sites, drops: Sequence[tuple], marks: Sequence[tuple]) -> None:
+    """Refuse positions that are counted from caches: these hold markers, whose number depends on the data."""
+    for first, step, rule in marks:
+        if first == 0:
+            _check_given(program, sites, rule, step)
+    compacted = [f"{rule.rule.path}:{step.line}" for _, step, rule, _ in drops if step.positions == "compact"]
+    if compacted:
+        raise CaptureError(
+            "positions of new tokens cannot be compacted after a mark",
+            where=[*compacted, *(f"{rule.rule.path}:{step.line}" for _, step, rule in marks)],
+            found="caches with markers and empty slots: they do not say how many tokens were dropped",
+            remedy="use `positions: keep` in drop steps",
+        )
 
 
 def _check_table(program: Program, sites: Sites, inserts: Sequence[Insert], instance: RuleInstance) -> None:
@@ -126,7 +156,7 @@ def _check_table(program: Program, sites: Sites, inserts: Sequence[Insert], inst
             )
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Insert) -> None:
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Mark | Insert) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:

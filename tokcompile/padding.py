@@ -59,8 +59,12 @@ def takes_padding(rule: Rule, step: Drop | Merge, known: Mapping[str, object]) -
     return choice.by == "protect" or str(substitute(choice.among, known)) != "image"
 
 
-def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Editor) -> None:
+def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Editor, stop: int | None = None) -> None:
     """Let every attention of a decode graph mask the padding that is left in its cache.
+
+    Args:
+        cuts: the drops of all rules.
+        stop: the first block that is left alone, since its cache says itself what it holds.
 
     Raises:
         CaptureError: drops of both kinds shortened one cache, so that nobody knows what they left.
@@ -69,7 +73,7 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
         return
     made: dict[int, Node] = {}
     masks: dict[tuple[Node, int], Node] = {}
-    for index, block in enumerate(sites.stacks["decoder"].blocks):
+    for index, block in enumerate(sites.stacks["decoder"].blocks[:stop]):
         here = [cut for cut in cuts if cut.first <= index]
         if not any(cut.takes_padding or cut.inserts for cut in here) or block not in sites.caches:
             continue  # blocks without a cache attend to images alone

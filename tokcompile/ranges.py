@@ -31,6 +31,7 @@ def select(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
     if not isinstance(index, int):
         raise EditError("the model takes a token by a computed index", where=[place(node)])
     ends = (0, index + 1) if index >= 0 else (index, MAX)
+    _refuse_slots(node, token_map, index >= 0)
     _require_kept(transport, node, token_map, *ends)
     return replace(token_map, axis=())
 
@@ -51,6 +52,7 @@ def slice_(transport: Transport, node: Node, token_map: TokenMap, value: Node) -
         raise EditError("the model takes a range of several sequences in one", where=[place(node)])
     if not start and end is None:
         return None
+    _refuse_slots(node, token_map, start > 0 or (end is not None and end > 0))
     transport.editor.set_args(node, [value, node.args[1], start, MAX if end is None else end])
     if start < 0 or (end is not None and end > 0):
         return _short_slice(transport, node, token_map, start, end)
@@ -178,11 +180,24 @@ def _range(transport: Transport, node: Node, token_map: TokenMap, axis: Any, sta
         axis=axis,
         source=source_,
         keep=editor.call(aten.slice.Tensor, token_map.keep, 1, start, stop),
+        filled=token_map.filled and editor.call(aten.slice.Tensor, token_map.filled, 1, start, stop),
+        stand_ins=token_map.stand_ins and editor.call(aten.slice.Tensor, token_map.stand_ins, 1, start, stop),
         old=editor.arithmetic(sub, token_map.old, gone),
         new=editor.arithmetic(sub, token_map.new, gone),
         parent=None,
         part=(token_map, start, -(end or 0)),
     )
+
+
+def _refuse_slots(node: Node, token_map: TokenMap, front: bool) -> None:
+    """Refuse places counted from the front of a sequence whose first slots may be empty."""
+    if token_map.filled is not None and front:
+        raise EditError(
+            "the model takes tokens by their place from the front, after markers stand for some",
+            where=[place(node)],
+            found="how many tokens are left depends on the data, and they end at the last place",
+            remedy="mark further down, or use a drop step",
+        )
 
 
 def _require_kept(transport: Transport, node: Node, token_map: TokenMap, start: int, end: int) -> None:
@@ -231,6 +246,7 @@ def _is_input(transport: Transport, node: Node) -> bool:
 
 def _joined(transport: Transport, node: Node, token_map: TokenMap, where: int, own: int) -> TokenMap:
     """The map of a sequence that joins the tokens with others, all of which stay."""
+    _refuse_slots(node, token_map, True)
     for value in list(node.args[0]):
         if token_map not in transport.edited.get(value, []):
             transport.bring(node, value, token_map)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim
+from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.sites.features import Sequence, Shuffle
 
@@ -45,6 +46,8 @@ class TokenMap:
         silent: whether fresh tokens have no position.
         run: the place of the first fresh token and how many follow it, where they stand together at the same place in
             all rows.
+        filled: bool [B, T'], the new tokens that are any: others are empty slots in front; None where all are.
+        stand_ins: bool [B, T'], new tokens that stand at the place of an old one, and are not it.
     """
 
     axis: Dim
@@ -68,6 +71,8 @@ class TokenMap:
     inverse: Node | None = None
     silent: bool = False
     run: tuple[Length, int] | None = None
+    filled: Node | None = None
+    stand_ins: Node | None = None
 
 
 def make_map(editor: Editor, keep: Node, axis: Any, rows: Any, old: Any, new: Any, positions: str) -> TokenMap:
@@ -101,3 +106,32 @@ def map_of(
     nothing = editor.call(aten.zeros_like.default, like, dtype=torch.bool)
     keep = editor.call(aten.scatter.value, nothing, 1, source, True)
     return TokenMap(at.axis, at.rows, source, keep, old, new, positions, ascending=False)
+
+
+def slots_of(via: Node) -> Node | None:
+    """The slots, as `mark_slots` lists them, that a token map's indices name places for; None for another map."""
+    return via.args[0] if via.target is tokred.slot_source.default else None
+
+
+def marked_map(editor: Editor, runs: Node, at: Sequence, old: Length, slots: Length) -> TokenMap:
+    """Build the map that puts one token in place of each run of some, within a number of slots.
+
+    Args:
+        runs: bool [B, T], the tokens that are replaced.
+        at: the old sequence.
+    """
+    held = editor.call(tokred.mark_slots.default, runs, slots, name="slots")
+    note(editor, held)
+    source = editor.call(tokred.slot_source.default, held, runs, name="source")
+    filled = editor.call(aten.ne.Scalar, held, -1, name="filled")
+    fresh = editor.call(aten.lt.Scalar, held, 0, name="fresh")
+    following = editor.call(aten.slice.Tensor, runs, 1, 1, MAX)
+    following = editor.call(aten.constant_pad_nd.default, following, [0, 1], False)
+    inside = editor.call(aten.logical_and.default, runs, following)
+    keep = editor.call(aten.logical_not.default, inside)
+    count = editor.call(aten.sum.dim_IntList, keep, [1])
+    editor.require(
+        editor.call(aten.le.Scalar, count, slots),
+        "image tokens stand in more stretches between text than the mark step has slots for: give it `spans`",
+    )
+    return TokenMap(at.axis, at.rows, source, keep, old, slots, filled=filled, stand_ins=fresh)

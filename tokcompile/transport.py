@@ -24,6 +24,7 @@ from tokcompile.positions import positions_of, renumber
 from tokcompile.program import place
 from tokcompile.shapes import contains, repair, takes_apart
 from tokcompile.sites import Sites
+from tokcompile.standins import of_images, without_stand_ins
 from tokcompile.tokenmap import TokenMap
 
 aten = torch.ops.aten
@@ -296,6 +297,9 @@ class Transport:
             dims = [()] * lead + self.of(value)
             if batch >= 0:
                 dims[batch] = resolve(token_map.rows)
+            if token_map.stand_ins is not None and of_images(value, self.splice):
+                spots = [i for i, dim in enumerate(dims) if self.counts(dim, token_map.axis)]
+                self._moved[key] = without_stand_ins(self.editor, self._moved[key], token_map, spots, batch)
             self.mark(self._moved[key], token_map, dims)
         return self._moved[key]
 

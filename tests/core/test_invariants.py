@@ -43,7 +43,11 @@ def _matrix() -> list[Any]:
 
 def _checked(pruned: Pruned, out: Any, ran: naive.Ran, tolerance: float) -> None:
     assert pruned.kept == ran.kept
-    assert difference(out.logits, ran.logits) <= tolerance
+    if ran.filled is None:
+        assert difference(out.logits, ran.logits) <= tolerance
+        return
+    assert out.logits.isfinite().all()
+    assert difference(out.logits[ran.filled], ran.logits[ran.filled]) <= tolerance
 
 
 @pytest.mark.parametrize(("rule", "case"), _matrix())
@@ -120,7 +124,7 @@ def test_compiling_leaves_eager_calls_as_they_were(called_before: bool) -> None:
         assert difference(model(**inputs).logits, ran.logits) == 0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses])
+@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses and not CASES[rule].slots])
 def test_rows_do_not_see_each_other(rule: str) -> None:
     """A padded batch selects and computes what each row does alone."""
     model = fleet.shared("llava")

@@ -28,6 +28,7 @@ class RuleCase:
         coarse: the same in bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
         chooses: whether tokens are chosen, so that there are token maps.
+        slots: whether it lists slots instead, of which the first may be empty.
     """
 
     models: tuple[str, ...]
@@ -37,6 +38,7 @@ class RuleCase:
     coarse: float = 0
     drops: bool = True
     chooses: bool = True
+    slots: bool = False
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}

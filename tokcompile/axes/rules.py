@@ -234,6 +234,47 @@ def insert_tokens(ctx: Context, node: Node) -> Dims:
     return [value[0] or chosen[0], chosen[1], value[2]]
 
 
+def mark_slots(ctx: Context, node: Node) -> Dims:
+    """tokred::mark_slots: a new axis, whose origin `slot_source` names."""
+    return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
+
+
+def slot_source(ctx: Context, node: Node) -> Dims:
+    """tokred::slot_source: the axis of the slots remembers the axis that they were made of."""
+    batch, old = ctx.of(node.args[1])
+    slots, made = ctx.of(node.args[0])
+    ctx.unify(node, slots, batch)
+    if made:
+        made[0].root().origin, made[0].root().via = resolve(old), node
+    return [batch or slots, made]
+
+
+def by_slot(ctx: Context, node: Node) -> Dims:
+    """tokred::mark_tokens and slot_means: the slots, each of the width of a token."""
+    ctx.unify(node, ctx.of(node.args[0])[0], ctx.of(node.args[1])[0])
+    return [ctx.of(node.args[0])[0], ctx.of(node.args[1])[1], ctx.of(node.args[0])[2]]
+
+
+def masked_mean(ctx: Context, node: Node) -> Dims:
+    """tokred::masked_mean: one token for each row."""
+    ctx.unify(node, ctx.of(node.args[0])[1], ctx.of(node.args[1])[1])
+    return [ctx.of(node.args[0])[0], ctx.of(node.args[0])[2]]
+
+
+def clear_slots(ctx: Context, node: Node) -> Dims:
+    """tokred::clear_slots: a cache, whose tokens align with those of the mask."""
+    dims, (rows, tokens) = list(ctx.of(node.args[0])), ctx.of(node.args[1])
+    ctx.unify(node, dims[0], rows)
+    ctx.unify(node, dims[2], tokens)
+    return dims
+
+
+def held_slots(ctx: Context, node: Node) -> Dims:
+    """tokred::held_slots: rows and tokens of a cache."""
+    dims = ctx.of(node.args[0])
+    return [dims[0], dims[2]]
+
+
 def match_pairs(ctx: Context, node: Node) -> Dims:
     """tokred::match_pairs: three lists in one."""
     return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
@@ -395,6 +436,14 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "inserted_source": inserted_source,
     "original_places": original_places,
     "insert_tokens": insert_tokens,
+    "mark_slots": mark_slots,
+    "slot_source": slot_source,
+    "slot_means": by_slot,
+    "mark_tokens": by_slot,
+    "masked_mean": masked_mean,
+    "clear_slots": clear_slots,
+    "held_slots": held_slots,
+    "long_runs": like_first,
     "match_pairs": match_pairs,
     "merge_pairs": merge_pairs,
     "inverse_map": inverse_map,

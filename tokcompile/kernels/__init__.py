@@ -9,6 +9,7 @@ if __name__ == "tokcompile.kernels":
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
+    from .clear_slots import clear_slots
     from .cluster_labels import cluster_labels
     from .cluster_slots import cluster_slots
     from .density_peaks import density_peaks
@@ -18,12 +19,17 @@ if __name__ == "tokcompile.kernels":
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .gather_tokens import gather_tokens
+    from .held_slots import held_slots
     from .insert_tokens import insert_tokens
     from .inserted_source import inserted_source
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
+    from .long_runs import long_runs
+    from .mark_slots import mark_slots
+    from .mark_tokens import mark_tokens
+    from .masked_mean import masked_mean
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
@@ -32,6 +38,8 @@ if __name__ == "tokcompile.kernels":
     from .original_places import original_places
     from .pool_matrix import pool_matrix
     from .random_scores import random_scores
+    from .slot_means import slot_means
+    from .slot_source import slot_source
     from .splice_values import splice_values
     from .strided_tokens import strided_tokens
     from .super_token_affinity import super_token_affinity
@@ -53,6 +61,7 @@ __all__ = [
     "attention_row",
     "cluster_labels",
     "cluster_slots",
+    "clear_slots",
     "define",
     "density_peaks",
     "dilate",
@@ -63,10 +72,15 @@ __all__ = [
     "gather_tokens",
     "insert_tokens",
     "inserted_source",
+    "held_slots",
     "inverse_map",
     "kept_indices",
     "kmeans_assign",
     "last_valid",
+    "long_runs",
+    "mark_slots",
+    "mark_tokens",
+    "masked_mean",
     "match_pairs",
     "merge_pairs",
     "merge_weights",
@@ -77,6 +91,8 @@ __all__ = [
     "pool_matrix",
     "random_scores",
     "reference_of",
+    "slot_means",
+    "slot_source",
     "splice_values",
     "strided_tokens",
     "super_token_affinity",

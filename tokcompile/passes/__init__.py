@@ -3,11 +3,20 @@
 from tokcompile.passes.context import Context, Scores, Selection
 from tokcompile.passes.drop import drop
 from tokcompile.passes.insert import insert
+from tokcompile.passes.mark import mark
 from tokcompile.passes.merge import merge
 from tokcompile.passes.score import score
 from tokcompile.passes.select import select
 from tokcompile.passes.tap import tap
 
-PASSES = {"tap": tap, "score": score, "select": select, "drop": drop, "merge": merge, "insert": insert}
+PASSES = {
+    "tap": tap,
+    "score": score,
+    "select": select,
+    "drop": drop,
+    "merge": merge,
+    "mark": mark,
+    "insert": insert,
+}
 
 __all__ = ["PASSES", "Context", "Scores", "Selection"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,6 +17,7 @@ from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites
+from tokcompile.tokenmap import slots_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -42,6 +44,7 @@ class Selection:
         axis: the sequence.
         group: bool [B, T], the tokens that were up for choice; None for all.
         size, count: how many were up for choice, and how many are chosen, per row.
+        kind: what these tokens are: `image`, `text` or `all`.
     """
 
     mask: Node
@@ -49,6 +52,7 @@ class Selection:
     group: Node | None
     size: Length
     count: Length
+    kind: str = "image"
 
 
 @dataclass
@@ -86,7 +90,9 @@ class Context:
             )
         masks = [self.editor.call(aten.select.int, each.mask, -1, 0) for each in splice.all]
         mask = reduce(lambda one, other: self.editor.call(aten.logical_or.default, one, other), masks)
-        return self.align(mask, self.program.axes.of(splice.node)[1], axis)
+        start = self.program.axes.of(splice.node)[1]
+        marked = self._through_marks(mask, start, axis, lambda slots: self.editor.call(aten.ge.Scalar, slots, 0))
+        return self.align(mask, start, axis) if marked is None else marked
 
     def stack_of(self, axis: Dim) -> str | None:
         """The name of the stack whose sequence an axis is, as it was or after cuts."""
@@ -98,13 +104,45 @@ class Context:
         return None
 
     def valid_mask(self, axis: Dim) -> Node | None:
-        """bool [B, T] on a text axis: real tokens; None when the graph has no padding mask for it."""
+        """bool [B, T] on a text axis: real tokens; None when every token is one: the graph has no padding mask for it.
+
+        Markers are real tokens, and empty slots are none.
+        """
         name = self.stack_of(axis)
         padding = self.sites.paddings.get(name or "")
-        if padding is None:
-            return None
-        mask = self.editor.call(aten.ne.Scalar, padding, 0)
+        mask = None if padding is None else self.editor.call(aten.ne.Scalar, padding, 0)
+        marked = self._through_marks(
+            mask, oldest(axis), axis, lambda slots: self.editor.call(aten.ne.Scalar, slots, -1)
+        )
+        if marked is not None or mask is None:
+            return marked
         return self.align(mask, oldest(axis), axis, fill=1.0)
+
+    def _through_marks(self, mask: Node | None, start: Dim, goal: Dim, those: Callable[[Node], Node]) -> Node | None:
+        """Bring a mask from an axis to one that was cut from it, by marks among others.
+
+        Args:
+            those: which of some slots the mask may hold.
+
+        Returns:
+            None where no mark is between the two.
+        """
+        chain = _chain(resolve(start), resolve(goal)) or []
+        if not any(slots_of(via) is not None for via in chain):
+            return None
+        for via in chain:
+            if mask is not None:
+                mask = self.editor.call(tokred.gather_tokens.default, mask, via, 1, 0)
+            slots = slots_of(via)
+            if slots is not None:
+                own = those(slots)
+                mask = own if mask is None else self.editor.call(aten.logical_and.default, mask, own)
+        return mask
+
+    def marks(self, axis: Dim) -> list[Node]:
+        """The slots of every mark that an axis was cut by, in order."""
+        chain = _chain(oldest(axis), resolve(axis)) or []
+        return [slots for via in chain if (slots := slots_of(via)) is not None]
 
     def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None) -> Node:
         """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it.

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.counts import images_per_row
-from tokcompile.edit import length_value, sub
+from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection, oldest
 from tokcompile.passes.fold import folded_map
@@ -96,6 +96,20 @@ def _map(ctx: Context, step: Drop, place: Place, selection: Selection, at: Seque
     fold = None if own or is_text_axis(ctx, axis) else find_fold(ctx.program, ctx.sites, patch_axis(ctx, axis))
     if fold is not None and fold.features == resolve(selection.axis):
         return folded_map(ctx, selection, at, fold, step.positions)
+    keep, gone = stays(ctx, place, selection, at)
+    old = selection.size if at.packed else editor.size(node, at.dim)
+    new = editor.arithmetic(sub, old, gone)
+    return make_map(ctx.editor, keep, axis, at.rows, old, new, step.positions)
+
+
+def stays(ctx: Context, place: Place, selection: Selection, at: Sequence) -> tuple[Node, Length]:
+    """Which tokens of a sequence a selection leaves, bool [B, T], and how many of each row it does not.
+
+    Raises:
+        EditError: the selection is among tokens some of which are gone at the place.
+    """
+    editor, axis = ctx.editor, at.axis
+    own = resolve(selection.axis) == resolve(axis)
     if not own:
         _check_whole(ctx, selection, axis, place)
     keep = selection.mask if own else ctx.align(selection.mask, selection.axis, axis, fill=1.0)
@@ -104,11 +118,9 @@ def _map(ctx: Context, step: Drop, place: Place, selection: Selection, at: Seque
         keep = editor.call(aten.logical_or.default, keep, outside)
     gone = editor.arithmetic(sub, selection.size, selection.count)
     if not own:
-        images = _images(ctx, selection.mask, node)
+        images = images_per_row(selection.mask, place.node)
         gone = editor.arithmetic(lambda n: n * images, gone)
-    old = selection.size if at.packed else editor.size(node, at.dim)
-    new = editor.arithmetic(sub, old, gone)
-    return make_map(ctx.editor, keep, axis, at.rows, old, new, step.positions)
+    return keep, gone
 
 
 def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) -> None:
@@ -128,7 +140,3 @@ def _check_whole(ctx: Context, selection: Selection, axis: Dim, place: Place) ->
                 found=f"a choice from {among} tokens; the sequence here holds {product(resolve(axis))}",
                 remedy="score tokens after the earlier drop, as it left them",
             )
-
-
-def _images(ctx: Context, features: Node, sequence: Node) -> int:
-    return images_per_row(features, sequence)

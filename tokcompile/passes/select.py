@@ -155,7 +155,23 @@ def image_tokens(ctx: Context, axis: Dim, total: Length, per: str) -> Length:
     if per == "image":
         _check_one_image(projector, splice)
     before = ctx.editor.size(splice.node, 1)
+    marks = ctx.marks(axis)
+    if marks:
+        return _images_left(ctx, marks, total)
     return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
+
+
+def _images_left(ctx: Context, marks: list[Node], total: Length) -> Length:
+    """Image tokens per row after a mark: those that it kept, less what was dropped since. Markers are none."""
+    slots = marks[-1]
+    kept = slots.meta.get("kept")
+    if kept is None:
+        raise EditError(
+            "how many image tokens are left depends on the data",
+            found="an earlier mark that leaves short runs as they are",
+            remedy="use `min_run: 1`, or choose among all",
+        )
+    return ctx.editor.arithmetic(lambda held, then, now: held - (then - now), kept, ctx.editor.size(slots, 1), total)
 
 
 def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
@@ -211,7 +227,7 @@ def _topk(ctx: Context, step: Select) -> Selection:
     else:
         first = [_on(ctx, ctx.values[name], axis) for name in step.first]
         mask = ctx.editor.call(tokred.fill_mask.default, first, node, group, count)
-    return Selection(mask, axis, group, size, count)
+    return Selection(mask, axis, group, size, count, step.among)
 
 
 def _by_window(ctx: Context, step: Select, scores: Node, axis: Dim, size: Length, budget: Length) -> Selection:
@@ -248,7 +264,7 @@ def _neighbours(ctx: Context, step: Select) -> Selection:
             found=f"a sequence of {product(resolve(of.axis))} tokens without one",
             remedy="choose neighbours on the vision side, before tokens are dropped",
         )
-    return Selection(mask, of.axis, of.group, of.size, of.count)
+    return Selection(mask, of.axis, of.group, of.size, of.count, of.kind)
 
 
 def _protect(ctx: Context, step: Select) -> Selection:
@@ -272,4 +288,4 @@ def _protect(ctx: Context, step: Select) -> Selection:
     mask = chosen[0]
     for other in chosen[1:]:
         mask = ctx.editor.call(aten.logical_or.default, mask, other)
-    return Selection(mask, axis, None, ctx.editor.size(start, 1), len(step.protect))
+    return Selection(mask, axis, None, ctx.editor.size(start, 1), len(step.protect), "all")

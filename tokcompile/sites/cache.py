@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+import tokcompile.kernels  # noqa: F401  registers tokred::clear_slots, which edits put on caches
 from tokcompile.sites.block import Block
 from tokcompile.sites.reach import Reach
 
@@ -23,6 +24,8 @@ _VIEWS = {
     aten.slice.Tensor,
     aten.repeat_interleave.self_int,
 }
+_CLEARED = {torch.ops.tokred.clear_slots.default}
+"""Operators that say in what is handed back which slots are empty; attention reads it as it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class Cache:
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     """The cache of a block; None when the graph neither returns nor reads one."""
+    outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED}
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
     if key is None or value is None:

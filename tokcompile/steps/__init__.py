@@ -5,13 +5,27 @@ from __future__ import annotations
 from tokcompile.steps.base import Model, Step
 from tokcompile.steps.drop import Drop
 from tokcompile.steps.insert import Insert
+from tokcompile.steps.mark import Mark
 from tokcompile.steps.merge import Merge
 from tokcompile.steps.score import REFERENCES, Score
 from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
-STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select, Drop, Merge, Insert)}
-PLANNED = ("mark", "place", "rotate", "route", "evict", "draft")
+STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert)}
+PLANNED = ("place", "rotate", "route", "evict", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
 
-__all__ = ["PLANNED", "REFERENCES", "STEPS", "Drop", "Insert", "Merge", "Model", "Score", "Select", "Step", "Tap"]
+__all__ = [
+    "PLANNED",
+    "REFERENCES",
+    "STEPS",
+    "Drop",
+    "Insert",
+    "Mark",
+    "Merge",
+    "Model",
+    "Score",
+    "Select",
+    "Step",
+    "Tap",
+]
