@@ -305,7 +305,7 @@ class Transport:
 
     def _move(self, value: Node, token_map: TokenMap, aligned: tuple[int, int], kind: inserted.Kind) -> Node:
         lead, batch = aligned
-        if token_map.placed is not None and self._is_position(value, token_map):
+        if token_map.placed is not None and token_map.positions == "keep" and self._is_position(value, token_map):
             token_map = replace(token_map, source=token_map.placed)
         compacts = token_map.positions == "compact" and value.meta["val"].dtype.is_floating_point
         if kind is inserted.Kind.COUNTED or (compacts and token_map.fresh is None):
