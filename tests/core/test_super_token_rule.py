@@ -101,12 +101,13 @@ def test_cells_of_one_patch_leave_attention_as_it_is(cell: int) -> None:
     assert (difference(got, expected) == 0) == (cell == 1)
 
 
-def test_attention_by_places_is_refused(tmp_path: Path) -> None:
-    model = fleet.shared("llama")
+@pytest.mark.parametrize(("name", "found"), [("llama", "rotary positions"), ("gpt2", "a mask")])
+def test_attention_by_places_is_refused(name: str, found: str, tmp_path: Path) -> None:
+    model = fleet.shared(name, attention="eager")
     pruned = prune(model, rule=rule(tmp_path, "decoder.0.attention"))
     with pytest.raises(Exception, match="no place in this attention") as caught:
         pruned(**fleet.example(model))
-    assert "rotary positions" in refusal(caught.value).found and "ViT" in refusal(caught.value).remedy
+    assert found in refusal(caught.value).found and "ViT" in refusal(caught.value).remedy
 
 
 def test_attention_weights_cannot_be_read_from_outside() -> None:

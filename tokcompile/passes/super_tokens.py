@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from tokcompile.axes import product, resolve
@@ -13,6 +14,7 @@ from tokcompile.passes.context import Context, longest_segment
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
 from tokcompile.sites.address import resolve_every
+from tokcompile.sites.concrete import evaluate
 from tokcompile.sites.features import Sequence, sequence
 from tokcompile.sites.grid import patch_grid
 from tokcompile.sites.projection import projected, projection_input
@@ -97,13 +99,29 @@ def _check_positions(ctx: Context, place: Place) -> None:
     """Refuse an attention whose scores depend on where tokens stand: super tokens stand between places."""
     site = place.attention
     rotary = bool(ctx.sites.rotary.get(place.owner))
-    if rotary or site.mask is not None or site.padding is not None or site.is_causal:
+    masked = site.mask is not None and not _hides_nothing(ctx, site.mask)
+    if rotary or masked or site.padding is not None or site.is_causal:
         raise EditError(
             "super tokens have no place in this attention",
             where=[node_place(site.node)],
             found="rotary positions" if rotary else "a mask, or a bias by places",
             remedy="wrap an attention without mask and without positions: those of a ViT, CLIP or SigLIP tower",
         )
+
+
+def _hides_nothing(ctx: Context, mask: Node) -> bool:
+    """Whether a mask is a constant that lets every query see every key, and adds nothing: some models make one."""
+    reach = ctx.sites.reach
+    if not all(node.op == "call_function" or _is_zero(ctx, node) for node in reach.ancestors([mask])):
+        return False
+    value = evaluate(mask, reach)  # which takes constants for 0
+    return value is not None and bool((value if value.dtype == torch.bool else value == 0).all())
+
+
+def _is_zero(ctx: Context, node: Node) -> bool:
+    held = getattr(ctx.program.gm, str(node.target), None) if node.op == "get_attr" else None
+    known = isinstance(held, torch.Tensor) and not isinstance(held, FakeTensor) and held.dtype.is_floating_point
+    return known and held.device.type == "cpu" and bool((held == 0).all())
 
 
 def _patches(ctx: Context, step: Merge, place: Place, at: Sequence) -> Patches:
