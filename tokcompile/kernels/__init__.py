@@ -18,12 +18,15 @@ if __name__ == "tokcompile.kernels":
     from .last_valid import last_valid
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
+    from .phase_scan import phase_scan
     from .random_scores import random_scores
+    from .slot_positions import slot_positions
     from .splice_values import splice_values
     from .token_cosine import token_cosine
     from .token_norm import token_norm
     from .token_source import token_source
     from .topk_mask import topk_mask
+    from .variable_positions import variable_positions
 
 __all__ = [
     "attention",
@@ -40,11 +43,14 @@ __all__ = [
     "match_pairs",
     "merge_pairs",
     "names",
+    "phase_scan",
     "random_scores",
     "reference_of",
+    "slot_positions",
     "splice_values",
     "token_cosine",
     "token_norm",
     "token_source",
     "topk_mask",
+    "variable_positions",
 ]

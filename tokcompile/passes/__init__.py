@@ -3,10 +3,12 @@
 from tokcompile.passes.context import Context, Scores, Selection
 from tokcompile.passes.drop import drop
 from tokcompile.passes.merge import merge
+from tokcompile.passes.place import place
+from tokcompile.passes.rotate import rotate
 from tokcompile.passes.score import score
 from tokcompile.passes.select import select
 from tokcompile.passes.tap import tap
 
-PASSES = {"tap": tap, "score": score, "select": select, "drop": drop, "merge": merge}
+PASSES = {"tap": tap, "score": score, "select": select, "drop": drop, "merge": merge, "place": place, "rotate": rotate}
 
 __all__ = ["PASSES", "Context", "Scores", "Selection"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from tokcompile.steps.base import Model, Step
 from tokcompile.steps.drop import Drop
 from tokcompile.steps.merge import Merge
+from tokcompile.steps.place import Place
+from tokcompile.steps.rotate import Rotate
 from tokcompile.steps.score import REFERENCES, Score
 from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
-STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select, Drop, Merge)}
-PLANNED = ("mark", "insert", "place", "rotate", "route", "evict", "draft")
+STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select, Drop, Merge, Place, Rotate)}
+PLANNED = ("mark", "insert", "route", "evict", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
 
-__all__ = ["PLANNED", "REFERENCES", "STEPS", "Drop", "Merge", "Model", "Score", "Select", "Step", "Tap"]
+__all__ = ["PLANNED", "REFERENCES", "STEPS", "Drop", "Merge", "Model", "Place", "Rotate", "Score", "Select", "Step", "Tap"]
