@@ -26,7 +26,9 @@ class RuleCase:
         run: the rule with a budget run by hand on inputs, written from the method's description.
         tolerance: largest difference of logits to the hand-run in float32; above 0 only for sums in another order.
         coarse: the same in bfloat16.
+        near: largest differences of logits to the unmodified model for a budget of 1.0, in float32 and bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
+        maps: whether it changes the sequence, and so has token maps.
     """
 
     models: tuple[str, ...]
@@ -34,9 +36,11 @@ class RuleCase:
     run: Callable[[nn.Module, dict[str, Tensor], Any], naive.Ran]
     tolerance: float = 0
     coarse: float = 0
+    near: tuple[float, float] = (0, 0)
     drops: bool = True
+    maps: bool = True
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}
-IN_TEXT = tuple(rule for rule in RULES if "llava" in CASES[rule].models)
-"""Rules that fit a vision-language model."""
+IN_TEXT = tuple(rule for rule in RULES if "llava" in CASES[rule].models and CASES[rule].maps)
+"""Rules that change the sequence of a vision-language model."""

@@ -11,13 +11,13 @@ from . import _library
 
 
 def reference(positions: Tensor, members: Tensor, axes: Sequence[int], slots: Sequence[int]) -> Tensor:
-    """Look positions of members up: result[b, l, j] = positions[axes[j], b, members[b, l, slots[j]]].
+    """Look positions of members up: result[b, l, j] = positions[b, axes[j], members[b, l, slots[j]]].
 
     Positional preservation embedding (PPE, 2025): a merged token has K slots, each with the position of a member, and
     each slot a share of the frequencies of each axis.
 
     Args:
-        positions: integers [A, B or 1, T], A coordinates of T old tokens.
+        positions: integers [B or 1, A, T], A coordinates of T old tokens.
         members: int64 [B, T', K], old tokens; a token that was not merged repeats itself.
         axes, slots: for each of P frequencies a coordinate in [0, A) and a slot in [0, K).
 
@@ -29,11 +29,11 @@ def reference(positions: Tensor, members: Tensor, axes: Sequence[int], slots: Se
     """
     if positions.dim() != 3 or members.dim() != 3 or len(axes) != len(slots):
         raise ValueError(f"positions {list(positions.shape)}, members {list(members.shape)}, {len(axes)} frequencies")
-    if not all(0 <= a < positions.shape[0] for a in axes) or not all(0 <= s < members.shape[2] for s in slots):
+    if not all(0 <= a < positions.shape[1] for a in axes) or not all(0 <= s < members.shape[2] for s in slots):
         raise ValueError(f"axes {list(axes)} and slots {list(slots)} of {list(positions.shape)}, {list(members.shape)}")
     batch, tokens, width = members.shape
     index = members.reshape(batch, tokens * width)
-    rows = [p.long().expand(batch, p.shape[1]).gather(1, index).view(batch, tokens, width) for p in positions.unbind(0)]
+    rows = [p.long().expand(batch, -1).gather(1, index).view(batch, tokens, width) for p in positions.unbind(1)]
     return torch.stack([rows[a].select(2, s) for a, s in zip(axes, slots, strict=True)], 2)
 
 

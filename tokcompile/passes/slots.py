@@ -58,7 +58,7 @@ def place_slots(ctx: Context, step: Place, found: list[Frequencies], record: dic
                 remedy="merge first, and drop after it",
             )
         with ctx.editor.before(turns[0].node):
-            positions = coordinates_of(ctx.editor, each)
+            positions = ctx.editor.call(aten.transpose.int, coordinates_of(ctx.editor, each), 0, 1)
             ids = ctx.editor.call(tokred.slot_positions.default, positions, members.table, axes, slots)
             angles = angles_of(ctx.editor, ids, inverse_of(ctx.editor, each))
         Tables(ctx.editor, angles, gathered=False).give(turns)
