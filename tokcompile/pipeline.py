@@ -51,8 +51,9 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     if phase == "decode":
         known = facts(program, find_sites(program))
         adapt_decode(program, rules, known, done)
+        shortened = any(step.verb in ("drop", "merge") for instance in rules for step in instance.rule.steps)
         for instance, applied in zip(rules, done, strict=True):
-            _turn_decode(program, instance, known, applied)
+            _turn_decode(program, instance, known, applied, shortened)
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -94,13 +95,15 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
     applied.steps = ctx.log
 
 
-def _turn_decode(program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied) -> None:
+def _turn_decode(
+    program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied, shortened: bool
+) -> None:
     """Give the tokens of a later step the positions and rotations that a rule gave to those of the prompt."""
     steps = [step for step in instance.rule.steps if isinstance(step, Place | Rotate)]
     if not steps:
         return
-    ctx = Context(program, Editor(program, instance.name, applied.counts), find_sites(program), instance)
-    ctx.counts = applied.counts
+    editor = Editor(program, instance.name, applied.counts)
+    ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts, shortened=shortened)
     for step in instance.resolve_only(steps, known):
         try:
             PASSES[step.verb](ctx, step)
