@@ -28,7 +28,7 @@ def _matrix() -> list[Any]:
     for rule in RULES:
         axes = {
             "name": CASES[rule].models,
-            "keep": ("1/3", 1, "all"),
+            "keep": CASES[rule].keeps,
             "batch": (1, 3),
             "pads": ("none", "left"),
             "cache": (True, False),

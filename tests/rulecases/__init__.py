@@ -29,6 +29,7 @@ class RuleCase:
         near: largest differences of logits to the unmodified model for a budget of 1.0, in float32 and bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
         maps: whether it changes the sequence, and so has token maps.
+        keeps: the budgets that the matrix takes; a rule that leaves no model as it is has none of all.
     """
 
     models: tuple[str, ...]
@@ -39,6 +40,7 @@ class RuleCase:
     near: tuple[float, float] = (0, 0)
     drops: bool = True
     maps: bool = True
+    keeps: tuple[Any, ...] = ("1/3", 1, "all")
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}

@@ -30,7 +30,8 @@ def reference(logits: Tensor, valid: Tensor | None, start: Tensor | None, pairs:
     if logits.dim() != 3 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits must be floats [B, T, H], not {logits.dtype} {list(logits.shape)}")
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    g = torch.log1p(torch.nn.functional.softplus(wide)).transpose(1, 2)
+    # Contiguous before anything else: gradients of softplus have other strides when they run than when they are traced.
+    g = torch.log1p(torch.nn.functional.softplus(wide.transpose(1, 2).contiguous()))
     powers = torch.arange(first, first + pairs, device=logits.device, dtype=wide.dtype)
     steps = torch.exp(-g[..., None] * powers)
     if valid is not None:
