@@ -18,8 +18,9 @@ WHOLE = {
     "splice": ("input", "output"),
     "embedding": ("output",),
     "head": ("input",),
-    "decoder": ("input",),
-    "vision": ("input", "output"),
+    "decoder": ("input", "rotary"),
+    "encoder": ("rotary",),
+    "vision": ("input", "output", "rotary"),
 }
 FEATURES = "features"
 EVERY = "*"

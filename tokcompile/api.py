@@ -12,6 +12,7 @@ import torch
 
 from tokcompile import attention, imagesizes, slidingcache
 from tokcompile.capture import from_export
+from tokcompile.carried import Carried
 from tokcompile.dynamo import install_hooks, prepare
 from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
@@ -59,7 +60,7 @@ def compile(
         raise RuleError("compile needs one of 'rule' and 'rules'", remedy="tokcompile.compile(model, rule=NAME)")
     options: dict[str, Any] = {"rule": str(rule)} if rule is not None else {"rules": list(rules or ())}
     options |= params
-    parse_rules(options, reserved=("record", "replay", "report"))
+    parsed = parse_rules(options, reserved=("record", "replay", "report"))
     prepare()
     restore(model)
     before = attention.install(model)
@@ -67,24 +68,31 @@ def compile(
         setattr(model, _BEFORE, before)
     weights = Weights() if weights is None else weights
     model.add_module(_WEIGHTS, weights)
-    model.compile(backend="tokred", dynamic=dynamic, options={**options, "target": target, "weights": weights})
+    carried = Carried()
+    kept = {"target": target, "weights": weights, "carried": carried}
+    model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
-    if imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
-        model._compiled_call_impl = _Around(model, model._compiled_call_impl)
+    places = any(step.verb in ("place", "rotate") for instance in parsed for step in instance.rule.steps)
+    if places or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
     return model
 
 
 class _Around:
-    """A compiled call, with the inputs prepared before it and the cache counted after it."""
+    """A compiled call, with the inputs prepared before it, the cache counted after it, and what it carries kept."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Any) -> None:
-        self.model, self.compiled = model, compiled
+    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried) -> None:
+        self.model, self.compiled, self.carried = model, compiled, carried
         self.names = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self.names, args, strict=False))
-        out = self.compiled(**imagesizes.precompute(self.model, named | kwargs))
-        slidingcache.recount(getattr(out, "past_key_values", None))
+        given = imagesizes.precompute(self.model, named | kwargs)
+        self.carried.before(given.get("past_key_values"))
+        out = self.compiled(**given)
+        cache = getattr(out, "past_key_values", None)
+        self.carried.after(cache)
+        slidingcache.recount(cache)
         return out
 
 

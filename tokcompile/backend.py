@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from tokcompile.applied import Applied
 from tokcompile.capture import from_dynamo
+from tokcompile.carried import carry
 from tokcompile.dynamo import prepare
 from tokcompile.errors import RuleError, TokredError
 from tokcompile.lower import TARGETS, lower
@@ -22,7 +23,7 @@ from tokcompile.rulefile import parse_rules, rule_names
 from tokcompile.sites import find_sites
 from tokcompile.weights import Weights
 
-RESERVED = ("target", "record", "replay", "report", "weights")
+RESERVED = ("target", "record", "replay", "report", "weights", "carried")
 """Options that are not a rule's parameters."""
 
 # torch.compile imports this module when it looks the backend up, which is before it traces anything.
@@ -45,7 +46,8 @@ def tokred(
         gm: graph from Dynamo.
         example_inputs: its example inputs.
         options: `rule` with its parameters, or `rules`; `target` (`inductor`, `eager`, `aot_eager`); `record` and
-            `replay` (a `Recording`); `report` (a `Report`); `weights` (`Weights`, or a safetensors file of them).
+            `replay` (a `Recording`); `report` (a `Report`); `weights` (`Weights`, or a safetensors file of them);
+            `carried` (a `Carried`, which `tokcompile.compile` keeps on caches).
         mode: not used; torch.compile passes it on.
 
     Raises:
@@ -64,6 +66,7 @@ def tokred(
     pieces.note(gm)
     program = from_dynamo(gm, example_inputs)
     program.weights = _weights(options.get("weights"))
+    program.carried = options.get("carried")
     rules = rules_here(rules, find_sites(program), pieces)
     if not rules:
         return lower(program.gm, example_inputs, options.get("target", "inductor"))
@@ -75,11 +78,13 @@ def tokred(
     if options.get("report") is not None:
         options["report"].graphs.append(applied)
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled  # noqa: E731
+    outer = carry(program)
     if isinstance(options.get("replay"), Recording) and applied[0].phase == "prefill":
         replay(program, options["replay"])
     if isinstance(options.get("record"), Recording) and applied[0].phase == "prefill":
         wrap = record(program, options["record"])
-    return wrap(lower(program.gm, example_inputs, options.get("target", "inductor")))
+    example_inputs = [*example_inputs, *(node.meta["val"] for node in program.taken.values())]
+    return outer(wrap(lower(program.gm, example_inputs, options.get("target", "inductor"))))
 
 
 def _weights(given: Any) -> Weights:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -49,6 +49,11 @@ class RuleInstance:
         names = {**facts, **{name: value for name, value in resolved.items() if not isinstance(value, Budget)}}
         steps = tuple(_resolve_step(step, names, self.rule) for step in self.rule.steps)
         return ResolvedRule(self, steps, resolved, dict(facts))
+
+    def resolve_only(self, steps: Sequence[Step], facts: Mapping[str, int]) -> list[Step]:
+        """Apply the facts of a graph that lacks some of a model's, as a later step's does, to the steps given."""
+        values = {k: v for k, v in self.params.items() if not has_expression(v) and not isinstance(v, Budget)}
+        return [_resolve_step(step, {**facts, **values}, self.rule) for step in steps]
 
     def budget(self, step: Step, n: Any, facts: Mapping[str, int]) -> Any:
         """Return how many of n tokens a step keeps or makes.

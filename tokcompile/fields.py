@@ -98,6 +98,26 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _shares(value: object) -> object:
+    """Positive fractions up to 1: one number, a text such as "1/4" or "1/4, 1", or a list of these."""
+    if has_expression(value):
+        return value
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else (value,)
+    try:
+        found = tuple(_fraction(part) for part in parts)
+    except (TypeError, ValueError, ZeroDivisionError):
+        found = ()
+    if not found or not all(0 <= share <= 1 for share in found):
+        raise wrong(f"{value!r} is no fraction from 0 to 1", 'a number, a fraction such as "1/4", or a list: "1/4, 1"')
+    return found
+
+
+def _fraction(value: object) -> Fraction:
+    if isinstance(value, bool):
+        raise TypeError
+    return Fraction(value.strip()) if isinstance(value, str) else Fraction(str(value))
+
+
 def _order(value: object) -> object:
     if has_expression(value) or (value in (1, 2, "inf") and not isinstance(value, bool | float)):
         return value
@@ -163,6 +183,12 @@ Share = Annotated[
 ]
 PlaceList = Annotated[
     tuple[int, ...], BeforeValidator(_places), WithJsonSchema({"type": "array", "items": _COUNT, "minItems": 1})
+]
+_SHARE = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string"}]}
+Shares = Annotated[
+    Any,
+    BeforeValidator(_shares),
+    WithJsonSchema({"anyOf": [*_SHARE["anyOf"], {"type": "array", "items": _SHARE, "minItems": 1}]}),
 ]
 NormOrder = Annotated[
     int | str, BeforeValidator(_order), WithJsonSchema({"anyOf": [{"enum": [1, 2, "inf"]}, EXPRESSION]})

@@ -9,6 +9,7 @@ import tokcompile.kernels  # noqa: F401  registers the operators that passes ins
 from tokcompile.applied import Applied
 from tokcompile.axes import product
 from tokcompile.binding import RuleInstance
+from tokcompile.carried import return_handed
 from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
@@ -19,6 +20,7 @@ from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
+from tokcompile.steps import Place, Rotate
 from tokcompile.verify import verify
 
 
@@ -48,7 +50,12 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         dump(program, f"after-{len(done)}-{instance.name}")
         done.append(applied)
     if phase == "decode":
-        adapt_decode(program, rules, facts(program, find_sites(program)), done)
+        known = facts(program, find_sites(program))
+        adapt_decode(program, rules, known, done)
+        shortened = any(step.verb in ("drop", "merge") for instance in rules for step in instance.rule.steps)
+        for instance, applied in zip(rules, done, strict=True):
+            _turn_decode(program, instance, known, applied, shortened)
+    return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
     if check:
@@ -87,6 +94,23 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
             raise error.inside(f"rule '{instance.name}', after {', '.join(earlier)}") from error
         raise
     applied.steps = ctx.log
+
+
+def _turn_decode(
+    program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied, shortened: bool
+) -> None:
+    """Give the tokens of a later step the positions and rotations that a rule gave to those of the prompt."""
+    steps = [step for step in instance.rule.steps if isinstance(step, Place | Rotate)]
+    if not steps:
+        return
+    editor = Editor(program, instance.name, applied.counts)
+    ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts, shortened=shortened)
+    for step in instance.resolve_only(steps, known):
+        try:
+            PASSES[step.verb](ctx, step)
+        except TokredError as error:
+            raise error.inside(f"{instance.rule.path}:{step.line} ({step.verb})") from error
+    applied.steps += ctx.log
 
 
 def facts(program: Program, sites: Sites) -> dict[str, int]:

@@ -15,6 +15,8 @@ BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
     "select": ("topk", "neighbours", "fill", "protect"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "density_peaks", "super_tokens"),
+    "place": ("variable", "compact", "slots"),
+    "rotate": ("base", "content", "digits"),
 }
 
 _registered: dict[str, set[str]] = {}

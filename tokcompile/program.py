@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -12,6 +12,9 @@ from torch.fx import GraphModule, Node
 
 from tokcompile.axes import Axes, infer
 from tokcompile.weights import Weights
+
+if TYPE_CHECKING:
+    from tokcompile.carried import Carried
 
 
 @dataclass
@@ -21,10 +24,12 @@ class Program:
     Attributes:
         gm: the graph module; every node carries its fake value in `meta["val"]`.
         fake_mode: the mode that the fake values belong to; new ones are made under it.
-        kinds: for each placeholder, `parameter` (weights, buffers, constants), `input` (what the caller passes) or
-            `size` (a symbolic size that capture made an input).
+        kinds: for each placeholder, `parameter` (weights, buffers, constants), `input` (what the caller passes),
+            `carried` (what an earlier graph handed on) or `size` (a symbolic size that capture made an input).
         origin: `dynamo` or `export`.
         weights: parameters that rules bring.
+        carried: where numbers are kept that a prompt hands on to its steps; None where nobody keeps them.
+        handed, taken: such numbers by name: values that this graph returns, and inputs that it takes.
     """
 
     gm: GraphModule
@@ -32,6 +37,9 @@ class Program:
     kinds: dict[Node, str] = field(default_factory=dict)
     origin: str = "dynamo"
     weights: Weights = field(default_factory=Weights)
+    carried: Carried | None = None
+    handed: dict[str, Node] = field(default_factory=dict)
+    taken: dict[str, Node] = field(default_factory=dict)
     _axes: Axes | None = None
 
     @property
@@ -62,7 +70,7 @@ class Program:
         graph.output(result)
         graph.output_node().meta.update(self.output.meta)
         kinds = {twin[node]: kind for node, kind in self.kinds.items()}
-        return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin, self.weights)
+        return Program(GraphModule(self.gm, graph), self.fake_mode, kinds, self.origin, self.weights, self.carried)
 
     def parameter(self, rule: str, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Node:
         """A parameter that a rule brings, as a value of the graph; one node for all that ask for it.

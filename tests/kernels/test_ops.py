@@ -111,6 +111,18 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (ops.clear_slots(floats(b, 2, 12, 4), bools(b, 12)),),
         lambda x: ops.held_slots(x),
     ),
+    "variable_positions": (
+        lambda b: (torch.arange(12 * b).view(b, 12), bools(b, 12)),
+        lambda positions, visual: ops.variable_positions(positions, visual, [64, 3], 256),
+    ),
+    "slot_positions": (
+        lambda b: (torch.arange(24 * b).view(b, 2, 12), torch.arange(10 * b).view(b, 5, 2) % 12),
+        lambda positions, members: ops.slot_positions(positions, members, [0, 1, 1], [0, 0, 1]),
+    ),
+    "phase_scan": (
+        lambda b: (floats(b, 12, 2), bools(b, 12), floats(b, 2, 4)),
+        lambda z, valid, start: ops.phase_scan(z, valid, start, 4, 0),
+    ),
     "token_norm": (lambda b: (floats(b, 12, 4),), lambda x: ops.token_norm(x, 2.0)),
     "token_cosine": (lambda b: (floats(b, 12, 4), floats(b, 4)), lambda x, r: ops.token_cosine(x, r)),
     "window_topk_mask": (lambda b: (floats(b, 24),), lambda scores: ops.window_topk_mask(scores, 4, 6, 2, 3, 2)),

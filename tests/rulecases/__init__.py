@@ -26,9 +26,11 @@ class RuleCase:
         run: the rule with a budget run by hand on inputs, written from the method's description.
         tolerance: largest difference of logits to the hand-run in float32; above 0 only for sums in another order.
         coarse: the same in bfloat16.
+        near: largest differences of logits to the unmodified model for a budget of 1.0, in float32 and bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
         chooses: whether tokens are chosen, so that there are token maps.
         slots: whether it lists slots instead, of which the first may be empty.
+        keeps: the budgets that the matrix takes; a rule that leaves no model as it is has none of all.
     """
 
     models: tuple[str, ...]
@@ -36,9 +38,11 @@ class RuleCase:
     run: Callable[[nn.Module, dict[str, Tensor], Any], naive.Ran]
     tolerance: float = 0
     coarse: float = 0
+    near: tuple[float, float] = (0, 0)
     drops: bool = True
     chooses: bool = True
     slots: bool = False
+    keeps: tuple[Any, ...] = ("1/3", 1, "all")
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}

@@ -290,6 +290,17 @@ def inverse_map(ctx: Context, node: Node) -> Dims:
     return ctx.of(node.args[3])[:2]
 
 
+def slot_positions(ctx: Context, node: Node) -> Dims:
+    """tokred::slot_positions: a position for each new token and frequency."""
+    return [*ctx.of(node.args[1])[:2], fresh(shape(node)[2])]
+
+
+def phase_scan(ctx: Context, node: Node) -> Dims:
+    """tokred::phase_scan: heads stand before tokens, and each has a phase for every frequency."""
+    rows, tokens, heads = ctx.of(node.args[0])
+    return [rows, heads, tokens, fresh(shape(node)[3])]
+
+
 def received(ctx: Context, node: Node) -> Dims:
     """tokred::attention_received and attention_row: one number per key."""
     key = ctx.of(node.args[1])
@@ -478,4 +489,7 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "kmeans_assign": leading(2),
     "pool_matrix": pool_matrix,
     "elbow": leading(1),
+    "variable_positions": pointwise,
+    "slot_positions": slot_positions,
+    "phase_scan": phase_scan,
 }

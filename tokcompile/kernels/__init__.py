@@ -36,9 +36,11 @@ if __name__ == "tokcompile.kernels":
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
+    from .phase_scan import phase_scan
     from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .slot_means import slot_means
+    from .slot_positions import slot_positions
     from .slot_source import slot_source
     from .splice_values import splice_values
     from .strided_tokens import strided_tokens
@@ -53,6 +55,7 @@ if __name__ == "tokcompile.kernels":
     from .transport_cost_over_time import transport_cost_over_time
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
+    from .variable_positions import variable_positions
     from .window_topk_mask import window_topk_mask
 
 __all__ = [
@@ -93,6 +96,10 @@ __all__ = [
     "reference_of",
     "slot_means",
     "slot_source",
+    "phase_scan",
+    "random_scores",
+    "reference_of",
+    "slot_positions",
     "splice_values",
     "strided_tokens",
     "super_token_affinity",
@@ -107,4 +114,5 @@ __all__ = [
     "transport_plan",
     "transport_weights",
     "window_topk_mask",
+    "variable_positions",
 ]

@@ -5,6 +5,8 @@ from tokcompile.passes.drop import drop
 from tokcompile.passes.insert import insert
 from tokcompile.passes.mark import mark
 from tokcompile.passes.merge import merge
+from tokcompile.passes.place import place
+from tokcompile.passes.rotate import rotate
 from tokcompile.passes.score import score
 from tokcompile.passes.select import select
 from tokcompile.passes.tap import tap
@@ -17,6 +19,8 @@ PASSES = {
     "merge": merge,
     "mark": mark,
     "insert": insert,
+    "place": place,
+    "rotate": rotate,
 }
 
 __all__ = ["PASSES", "Context", "Scores", "Selection"]

@@ -63,6 +63,7 @@ class Context:
         budget: resolves a select step's budget against a group's size.
         values: what earlier steps made, by name.
         log: one record per step, for reports.
+        shortened: in a later step, whether rules made the cache of the prompt shorter.
     """
 
     program: Program
@@ -72,6 +73,7 @@ class Context:
     values: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    shortened: bool = False
 
     def refresh(self) -> None:
         """Match the sites again, after an edit."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+import tokcompile.kernels  # noqa: F401  registers tokred::phase_scan, which a pass puts in place of positions
 from tokcompile.axes import Axes, Dim
 from tokcompile.sites.block import Stack
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
+_SCAN = torch.ops.tokred.phase_scan.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,12 @@ def _integer_source(table: Node, axes: Axes, tokens: Dim) -> Node | None:
     while todo:
         node = todo.pop()
         val = node.meta.get("val")
-        if not isinstance(val, torch.Tensor) or node in seen:
+        if node in seen or not isinstance(val, torch.Tensor | list | tuple):
             continue
+        if node.target is _SCAN:  # phases, not positions
+            return None
         seen.add(node)
-        if not val.dtype.is_floating_point and val.ndim:
+        if isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.ndim:
             if _by_token(axes.of(node), tokens):
                 return node
             others.append(node)

@@ -7,12 +7,16 @@ from tokcompile.steps.drop import Drop
 from tokcompile.steps.insert import Insert
 from tokcompile.steps.mark import Mark
 from tokcompile.steps.merge import Merge
+from tokcompile.steps.place import Place
+from tokcompile.steps.rotate import Rotate
 from tokcompile.steps.score import REFERENCES, Score
 from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
-STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert)}
-PLANNED = ("place", "rotate", "route", "evict", "draft")
+STEPS: dict[str, type[Step]] = {
+    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Place, Rotate)
+}
+PLANNED = ("route", "evict", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
 
 __all__ = [
@@ -24,6 +28,8 @@ __all__ = [
     "Mark",
     "Merge",
     "Model",
+    "Place",
+    "Rotate",
     "Score",
     "Select",
     "Step",

@@ -1,0 +1,149 @@
+"""Numbers that the graph of a prompt hands to the graphs of its later steps, beside the cache of keys and values.
+
+A position in fractions, or a phase that grows with what tokens say, cannot be told from a cache: it belongs to the
+conversation. So it is kept on the conversation's cache, which also reorders it when beams are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tokcompile.errors import CaptureError, TokredError
+from tokcompile.program import Program
+
+_KEPT = "_tokcompile_carried"
+REMEDY = "compile with tokcompile.compile(model, rule=...), which keeps it on the cache"
+
+
+class Carried:
+    """What one compiled model's graphs have handed on in the call that runs.
+
+    Attributes:
+        values: by name; rows of the batch come first.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def before(self, cache: Any) -> None:
+        """Take from a cache what its conversation has handed on; None is a new one."""
+        self.values = dict(getattr(cache, _KEPT, None) or {})
+
+    def after(self, cache: Any) -> None:
+        """Keep on a cache what the call has handed on; None is a call without one."""
+        if cache is not None and self.values:
+            if getattr(cache, _KEPT, None) is None:
+                _follow(cache)
+            setattr(cache, _KEPT, dict(self.values))
+        self.values = {}
+
+
+def _follow(cache: Any) -> None:
+    """Let a cache do to the numbers what it does to its rows, and refuse to forget tokens.
+
+    These are methods of the one cache, so that a copy of it has them for itself.
+    """
+    for name, method in _METHODS.items():
+        if hasattr(cache, name):
+            setattr(cache, name, MethodType(method, cache))
+
+
+def _rows(cache: Any, choose: Callable[[Tensor], Tensor]) -> None:
+    setattr(cache, _KEPT, {name: choose(value) for name, value in getattr(cache, _KEPT).items()})
+
+
+def _reorder_cache(cache: Any, beams: Tensor) -> Any:
+    _rows(cache, lambda value: value.index_select(0, beams.to(value.device)))
+    return type(cache).reorder_cache(cache, beams)
+
+
+def _batch_select_indices(cache: Any, indices: Tensor) -> Any:
+    _rows(cache, lambda value: value[indices.to(value.device)])
+    return type(cache).batch_select_indices(cache, indices)
+
+
+def _batch_repeat_interleave(cache: Any, repeats: int) -> Any:
+    _rows(cache, lambda value: value.repeat_interleave(repeats, 0))
+    return type(cache).batch_repeat_interleave(cache, repeats)
+
+
+def _crop(cache: Any, max_length: int) -> Any:
+    del cache
+    raise TokredError(
+        "a cache whose tokens have positions of their own cannot be cropped",
+        found=f"crop({max_length})",
+        remedy="generate without an assistant, or start from a copy of the cache as it was",
+    )
+
+
+_METHODS = {
+    "reorder_cache": _reorder_cache,
+    "batch_select_indices": _batch_select_indices,
+    "batch_repeat_interleave": _batch_repeat_interleave,
+    "crop": _crop,
+}
+
+
+def hand_on(program: Program, name: str, value: Node) -> None:
+    """Let a graph hand a value [B, ...] on to the steps that follow, where its caller can keep it."""
+    if program.carried is not None:
+        program.handed[name] = value
+
+
+def take(program: Program, name: str, like: torch.Tensor, what: str) -> Node:
+    """A value that an earlier graph of the conversation handed on.
+
+    Args:
+        like: a fake tensor of its shape and dtype.
+        what: what it is, for the message.
+
+    Raises:
+        CaptureError: nobody keeps it between calls.
+    """
+    if program.carried is None:
+        raise CaptureError(f"this step needs {what}, which its inputs do not tell", remedy=REMEDY)
+    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder(f"tokred_carried_{name}")
+    node.meta["val"] = like
+    program.kinds[node] = "carried"
+    program.taken[name] = node
+    return node
+
+
+def return_handed(program: Program) -> None:
+    """Let a graph return what it hands on, after its own outputs."""
+    if program.handed:
+        own = list(program.output.args[0])
+        program.output.args = ((*own, *program.handed.values()),)
+
+
+def carry(program: Program) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what turns a compiled graph that hands numbers on, or takes them, into one like the model's."""
+    carried, handed, taken = program.carried, list(program.handed), list(program.taken)
+    if carried is None or not (handed or taken):
+        return lambda compiled: compiled
+    own = len(program.output.args[0]) - len(handed)
+
+    def wrap(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Sequence[Any]:
+            missing = [name for name in taken if name not in carried.values]
+            if missing:
+                raise TokredError(
+                    "this step goes on from a cache that no prompt of this compiled model has filled",
+                    found=f"no {', '.join(missing)}",
+                    remedy="run the prompt through the compiled model, and pass the cache that it returns",
+                )
+            results = list(compiled(*args, *(carried.values[name] for name in taken)))
+            carried.values.update(zip(handed, (value.detach() for value in results[own:]), strict=True))
+            return tuple(results[:own])
+
+        return run
+
+    return wrap
