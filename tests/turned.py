@@ -29,7 +29,7 @@ def turned(model: nn.Module, angles: Angles, strength: float = 1.0) -> Iterator[
     """Let a Llama-like model turn queries and keys by other angles; heads of a group share those of their key head."""
     text = text_of(model)
     module = importlib.import_module(type(text.layers[0].self_attn).__module__)
-    own, apply = text.rotary_emb.forward, module.apply_rotary_pos_emb
+    apply = module.apply_rotary_pos_emb
 
     def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         half = angles(x, position_ids, text.rotary_emb.inv_freq)
@@ -47,7 +47,8 @@ def turned(model: nn.Module, angles: Angles, strength: float = 1.0) -> Iterator[
     try:
         yield
     finally:
-        text.rotary_emb.forward, module.apply_rotary_pos_emb = own, apply
+        del text.rotary_emb.forward  # the class's own again, which compiled code is guarded by
+        module.apply_rotary_pos_emb = apply
 
 
 def at(positions: list[list[Any]]) -> Angles:
