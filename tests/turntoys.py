@@ -113,13 +113,16 @@ def model(layout: str, products: bool = False) -> Callable[[Tensor, Tensor, Tens
     return run
 
 
-def by_tables(
-    layout: str, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def by_tables(layout: str, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same given tables [B, H or Hkv or 1, T, W]; heads of a group share those of their key head."""
     turn = LAYOUTS[layout][2]
     q, k, v = queries_and_keys(x, weight)
-    q, k = (turn(t, *(table if table.shape[1] in (1, t.shape[1]) else table.repeat_interleave(2, 1) for table in (cos, sin))) for t in (q, k))
+    q, k = (
+        turn(
+            t, *(table if table.shape[1] in (1, t.shape[1]) else table.repeat_interleave(2, 1) for table in (cos, sin))
+        )
+        for t in (q, k)
+    )
     return added(x, scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
 
 

@@ -43,6 +43,7 @@ class Carried:
             setattr(cache, _KEPT, dict(self.values))
         self.values = {}
 
+
 def _follow(cache: Any) -> None:
     """Let a cache do to the numbers what it does to its rows, and refuse to forget tokens.
 

@@ -51,7 +51,9 @@ class Tables:
         call = self.editor.call
         if rank == 4:
             table = self._for_heads(table, turn, where)
-            return self._once(("swapped", table), lambda: call(aten.transpose.int, table, 1, 2)) if where == 2 else table
+            return (
+                self._once(("swapped", table), lambda: call(aten.transpose.int, table, 1, 2)) if where == 2 else table
+            )
         rows = table.meta["val"].shape[0]
         lone = table.meta["val"].shape[1] == 1 and (rank == 3 or (isinstance(rows, int) and rows == 1))
         if rank not in (2, 3) or not lone:

@@ -20,12 +20,17 @@ from turntoys import AXIS, LAYOUTS, ROWS, TOKENS, by_angles, captured, context, 
 
 import tokcompile
 from tokcompile import EditError, RuleError, TokredError
+from tokcompile.capture import capture
 from tokcompile.carried import Carried
 from tokcompile.passes import PASSES
 from tokcompile.passes.merge import METHODS, Merging
 from tokcompile.passes.slots import Members
-from tokcompile.rulefile import load_rule
+from tokcompile.passes.turned import rotary_sites
+from tokcompile.pipeline import apply_rules
+from tokcompile.rulefile import load_rule, parse_rules
+from tokcompile.sites import find_sites
 from tokcompile.steps import Merge, Place
+from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
 
 STEPS = 4
 FLAT = [layout for layout in LAYOUTS if layout not in AXIS]
@@ -69,9 +74,6 @@ def test_whole_parts_keep_every_bit() -> None:
     program = captured("half")
     given = inputs("half")
     ctx = context(program)
-    from tokcompile.passes.turned import rotary_sites
-    from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
-
     (each,) = rotary_sites(ctx, "decoder", "decoder.rotary")
     with ctx.editor.before(each.turns[0].node):
         units = ctx.editor.call(torch.ops.aten.mul.Tensor, rows_of(ctx.editor, each), 256)
@@ -96,11 +98,6 @@ def test_positions_in_half_precision_would_be_others() -> None:
 
 
 def test_masks_and_caches_do_not_see_positions_in_fractions() -> None:
-    from tokcompile.capture import capture
-    from tokcompile.pipeline import apply_rules
-    from tokcompile.rulefile import parse_rules
-    from tokcompile.sites import find_sites
-
     model = fleet.build("llava")
     given = fleet.example(model, 2, (2, 0))
     (program,) = capture(model, given)

@@ -10,6 +10,7 @@ import fleet
 import pytest
 import torch
 from harness import difference, greedy, prune, refusal
+from rulecases.carope import parameters
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -231,7 +232,9 @@ def test_gradients_of_parameters(by: str, how: str | None) -> None:
     rng = torch.Generator().manual_seed(9)
     names = ("q", "k") if how else ("weight", "bias")
     held = program.weights.mine
-    values = [(held[n].detach() + torch.randn(held[n].shape, generator=rng) / 4).double().requires_grad_() for n in names]
+    values = [
+        (held[n].detach() + torch.randn(held[n].shape, generator=rng) / 4).double().requires_grad_() for n in names
+    ]
 
     def call(*parameters: Tensor) -> Tensor:
         out = ran(program, "partial", torch.float64, **dict(zip(names, parameters, strict=True)))
@@ -363,8 +366,6 @@ def test_parameters_are_trained_through_a_compiled_model() -> None:
 
 def test_phases_count_tokens_that_are_dropped_later() -> None:
     """A drop before and one after the step are alike: phases are of the whole sequence, and go with the tokens."""
-    from rulecases.carope import parameters
-
     model = fleet.shared("llama")
     given = fleet.example(model, 2, (2, 0), text=12)
     weight, bias = parameters(model, 1)

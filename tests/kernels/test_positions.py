@@ -1,4 +1,4 @@
-"""variable_positions, slot_positions and phase_scan against naive loops written from the descriptions of the methods."""
+"""variable_positions, slot_positions and phase_scan against loops written from the descriptions of the methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _units(images: list[list[bool]], strides: list[int], denominator: int = 256)
 
 
 @given(
-    st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), max_size=3, min_size=1)),
+    st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), max_size=3, min_size=1)
+    ),
     st.lists(st.sampled_from([0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 3, 100]), min_size=1, max_size=4),
 )
 def test_positions_are_those_of_a_walk_over_tokens(images: list[list[bool]], strides: list[int]) -> None:
@@ -77,7 +79,10 @@ def test_the_last_position_is_the_sum_of_all_paces() -> None:
 
 def _slots(positions: torch.Tensor, members: torch.Tensor, axes: list[int], slots: list[int]) -> list[list[list[int]]]:
     return [
-        [[int(positions[b, a, members[b, t, s]]) for a, s in zip(axes, slots, strict=True)] for t in range(members.shape[1])]
+        [
+            [int(positions[b, a, members[b, t, s]]) for a, s in zip(axes, slots, strict=True)]
+            for t in range(members.shape[1])
+        ]
         for b in range(members.shape[0])
     ]
 
@@ -101,7 +106,9 @@ def test_slots_out_of_range_are_refused(axes: list[int], slots: list[int]) -> No
 def _phases(z: torch.Tensor, pairs: int, first: int = 0, valid: torch.Tensor | None = None) -> torch.Tensor:
     batch, tokens, heads = z.shape
     out = torch.zeros(batch, heads, tokens, pairs, dtype=torch.float64)
-    for b, h, m, i in ((b, h, m, i) for b in range(batch) for h in range(heads) for m in range(tokens) for i in range(pairs)):
+    for b, h, m, i in (
+        (b, h, m, i) for b in range(batch) for h in range(heads) for m in range(tokens) for i in range(pairs)
+    ):
         for t in range(m + 1):
             if valid is None or valid[b, t]:
                 out[b, h, m, i] += (1 / (math.log1p(math.exp(z[b, t, h].item())) + 1)) ** (i + first)
@@ -154,7 +161,9 @@ def test_steps_stay_between_0_and_1(z: float) -> None:
 
 def test_half_precision_is_summed_in_single() -> None:
     z = torch.randn(1, 300, 2, generator=torch.Generator().manual_seed(2)).bfloat16()
-    torch.testing.assert_close(ops.phase_scan(z, None, None, 4, 0), ops.phase_scan(z.float(), None, None, 4, 0), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ops.phase_scan(z, None, None, 4, 0), ops.phase_scan(z.float(), None, None, 4, 0), rtol=0, atol=0
+    )
 
 
 def test_gradients_of_phases() -> None:

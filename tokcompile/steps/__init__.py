@@ -15,4 +15,17 @@ STEPS: dict[str, type[Step]] = {step.verb: step for step in (Tap, Score, Select,
 PLANNED = ("mark", "insert", "route", "evict", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
 
-__all__ = ["PLANNED", "REFERENCES", "STEPS", "Drop", "Merge", "Model", "Place", "Rotate", "Score", "Select", "Step", "Tap"]
+__all__ = [
+    "PLANNED",
+    "REFERENCES",
+    "STEPS",
+    "Drop",
+    "Merge",
+    "Model",
+    "Place",
+    "Rotate",
+    "Score",
+    "Select",
+    "Step",
+    "Tap",
+]

@@ -56,4 +56,6 @@ class Rotate(Step):
             if value is None or has_expression(value):
                 continue
             if value < least or (name == "base" and value == 1) or (name == "first" and value > 1):
-                raise wrong(f"'{name}: {value}' is out of range", f"{name} from {least} on" if name != "first" else "0 or 1")
+                raise wrong(
+                    f"'{name}: {value}' is out of range", f"{name} from {least} on" if name != "first" else "0 or 1"
+                )
