@@ -25,7 +25,7 @@ from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop
+from tokcompile.steps import Drop, Merge
 
 aten = torch.ops.aten
 
@@ -70,10 +70,10 @@ def adapt_decode(
             _check_given(program, sites, rule, step)
 
 
-def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop]:
-    """The drops of a rule with their values filled in; steps that choose may need facts that only a prompt has."""
+def _drops(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge]:
+    """The drops and merges of a rule with their values filled in; steps that choose may need facts of a prompt."""
     known = _known(rule, facts)
-    steps = [s for s in rule.rule.steps if isinstance(s, Drop)]
+    steps = [s for s in rule.rule.steps if isinstance(s, Drop | Merge)]
     return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in ("at", "positions")}) for s in steps]
 
 
@@ -81,7 +81,7 @@ def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop, depth: int) -> int:
+def _first_block(step: Drop | Merge, depth: int) -> int:
     """The first decoder block whose cache a drop shortened."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
@@ -90,7 +90,7 @@ def _first_block(step: Drop, depth: int) -> int:
     return (index + depth if index < 0 else index) + (address.part == "output")
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop) -> None:
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:

@@ -74,16 +74,20 @@ def note(editor: Editor, indices: Node) -> None:
     indices.meta["token_map"] = f"{editor.rule}/{sum('token_map' in n.meta for n in editor.program.graph.nodes)}"
 
 
-def map_of(editor: Editor, index: Node, like: Node, at: Sequence, old: Length, new: Length, positions: str) -> TokenMap:
+def map_of(
+    editor: Editor, index: Node, like: Node, at: Sequence, old: Length, new: Length, positions: str, noted: bool = True
+) -> TokenMap:
     """Build a map from indices in any order, no two of a row alike.
 
     Args:
         index: int64 [B, T'], the old token that each new one stands for.
         like: a value [B, T] of the old sequence.
         at: the old sequence.
+        noted: whether the map is what a recording holds; else the caller notes what it is made from.
     """
     source = editor.call(tokred.token_source.default, index, like, name="source")
-    note(editor, source)
+    if noted:
+        note(editor, source)
     nothing = editor.call(aten.zeros_like.default, like, dtype=torch.bool)
     keep = editor.call(aten.scatter.value, nothing, 1, source, True)
     return TokenMap(at.axis, at.rows, source, keep, old, new, positions, ascending=False)

@@ -121,7 +121,7 @@ def test_compiling_leaves_eager_calls_as_they_were(called_before: bool) -> None:
         assert difference(model(**inputs).logits, ran.logits) == 0
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses])
 def test_rows_do_not_see_each_other(rule: str) -> None:
     """A padded batch selects and computes what each row does alone."""
     model = fleet.shared("llava")
@@ -151,7 +151,7 @@ def test_a_replayed_recording_equals_the_run(rule: str) -> None:
     assert difference(ideal(**inputs).logits, out.logits) == 0
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses])
 def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
     model = fleet.shared("llava")
     ideal = prune(model, replay=tokcompile.Recording(), **options(rule, model, 5))
@@ -172,7 +172,7 @@ def test_one_dynamic_graph_serves_all_lengths(rule: str) -> None:
     pruned = prune(model, dynamic=True, **options(rule, model, 5))
     for batch, pads, text in SHAPES:
         inputs = fleet.example(model, batch, pads, text=text, seed=text)
-        _checked(pruned, pruned(**inputs), CASES[rule].run(model, inputs, 5), tolerance=1e-5)
+        _checked(pruned, pruned(**inputs), CASES[rule].run(model, inputs, 5), max(1e-5, CASES[rule].tolerance))
     assert len(pruned.report.graphs) == len({batch for batch, _, _ in SHAPES})
 
 

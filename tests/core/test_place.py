@@ -23,8 +23,9 @@ from tokcompile import EditError, RuleError, TokredError
 from tokcompile.capture import capture
 from tokcompile.carried import Carried
 from tokcompile.passes import PASSES
-from tokcompile.passes.merge import METHODS, Merging
-from tokcompile.passes.slots import Members
+from tokcompile.passes.density_peaks import Slots
+from tokcompile.passes.merge import METHODS
+from tokcompile.passes.merging import Merging
 from tokcompile.passes.turned import rotary_sites
 from tokcompile.pipeline import apply_rules
 from tokcompile.rulefile import load_rule, parse_rules
@@ -290,7 +291,7 @@ def _merged(layout: str, clusters: list[list[int]], slots: int, monkeypatch: pyt
             width = max(len(c) for c in clusters)
             table = [c[i % len(c)] for c in clusters for i in range(max(slots, width))]
             wide = call(aten.view.default, repeated(table), [ROWS, len(clusters), -1])
-            ctx.values["clusters"] = Members(wide, source)
+            ctx.values["clusters"] = Slots(wide, sequence.axis)
             means = []
             for cluster in clusters:
                 parts = [call(aten.slice.Tensor, place.node, 1, i, i + 1) for i in cluster]

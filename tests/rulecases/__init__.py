@@ -28,7 +28,7 @@ class RuleCase:
         coarse: the same in bfloat16.
         near: largest differences of logits to the unmodified model for a budget of 1.0, in float32 and bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
-        maps: whether it changes the sequence, and so has token maps.
+        chooses: whether tokens are chosen, so that there are token maps.
         keeps: the budgets that the matrix takes; a rule that leaves no model as it is has none of all.
     """
 
@@ -39,10 +39,10 @@ class RuleCase:
     coarse: float = 0
     near: tuple[float, float] = (0, 0)
     drops: bool = True
-    maps: bool = True
+    chooses: bool = True
     keeps: tuple[Any, ...] = ("1/3", 1, "all")
 
 
 CASES: dict[str, RuleCase] = {rule: importlib.import_module(f"rulecases.{rule}").CASE for rule in RULES}
-IN_TEXT = tuple(rule for rule in RULES if "llava" in CASES[rule].models and CASES[rule].maps)
-"""Rules that change the sequence of a vision-language model."""
+IN_TEXT = tuple(rule for rule in RULES if "llava" in CASES[rule].models)
+"""Rules that fit a vision-language model."""

@@ -53,5 +53,5 @@ CASE = RuleCase(
     coarse=0.2,
     near=(2e-5, 0.2),
     drops=False,
-    maps=False,
+    chooses=False,
 )

@@ -56,12 +56,12 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
 
 
 CASE = RuleCase(
-    models=(*fleet.DECODERS, "llava"),
+    models=fleet.DECODERS,
     options=_options,
     run=_run,
     tolerance=1e-5,
     coarse=0.1,
     drops=False,
-    maps=False,
+    chooses=False,
     keeps=("1/3", 1),
 )

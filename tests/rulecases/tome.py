@@ -15,6 +15,8 @@ from rulecases import RuleCase
 
 def pairs(metric: Tensor, count: int, leading: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens [T, D] that stay, in the method's order, and (merged token, token that it is merged into) of each pair."""
+    if not count:
+        return list(range(len(metric))), []
     unit = metric.float() / metric.float().norm(dim=-1, keepdim=True)
     alike = unit[::2] @ unit[1::2].T
     tokens = len(metric)
@@ -27,6 +29,11 @@ def pairs(metric: Tensor, count: int, leading: int) -> tuple[list[int], list[tup
     evens = sorted(rest) if leading else rest
     odds = [j for j in range(1, tokens, 2) if j >= leading]
     return [*range(leading), *evens, *odds], [(i, best[i][1]) for i in merged]
+
+
+def packed(stays: list[int], merged: list[tuple[int, int]]) -> list[int]:
+    """Tokens that stay, tokens that are merged, and where in the first list these went."""
+    return [*stays, *(i for i, _ in merged), *(stays.index(into) for _, into in merged)]
 
 
 def merge(x: Tensor, size: Tensor, stays: list[int], merged: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -47,6 +54,7 @@ class Tower:
     counts: list[int]
     leading: int
     stays: list[list[list[int]]] = field(default_factory=list)
+    merged: list[list[list[tuple[int, int]]]] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> list[Tensor]:
@@ -57,6 +65,14 @@ class Tower:
             if count:
                 sizes = self.sizes
         return states
+
+    @property
+    def packed(self) -> list[list[list[int]]]:
+        """Of each layer and row the tokens that stay, those merged, and where in the first list they went."""
+        return [
+            [packed(*each) for each in zip(stays, merged, strict=True)]
+            for stays, merged in zip(self.stays, self.merged, strict=True)
+        ]
 
     def _layer(self, layer: nn.Module, x: Tensor, sizes: Tensor, count: int) -> Tensor:
         clip = hasattr(layer, "layer_norm1")
@@ -74,12 +90,14 @@ class Tower:
         return x + layer.mlp((layer.layer_norm2 if clip else layer.layernorm_after)(x))
 
     def _merged(self, x: Tensor, sizes: Tensor, metric: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        rows, stays = [], []
+        rows, stays, pairs_ = [], [], []
         for row in range(len(x)):
             chosen, merged = pairs(metric[row], count, self.leading)
             rows.append(merge(x[row], sizes[row], chosen, merged))
             stays.append(chosen)
+            pairs_.append(merged)
         self.stays.append(stays)
+        self.merged.append(pairs_)
         self.sizes = torch.stack([size for _, size in rows])
         return torch.stack([value for value, _ in rows]), self.sizes
 
@@ -120,7 +138,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     features = model.model.multi_modal_projector(features)
     hidden = model.get_input_embeddings()(ids).masked_scatter(image[..., None], features)
     logits, _, lengths = naive._decoder(model, naive.State(hidden, valid, image), [])
-    return naive.Ran(logits, [*by_hand.stays, *texts], lengths)
+    return naive.Ran(logits, [*by_hand.packed, *texts], lengths)
 
 
 CASE = RuleCase(

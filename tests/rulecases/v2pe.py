@@ -31,5 +31,5 @@ CASE = RuleCase(
     options=lambda model, keep: {"delta": _delta(keep)},
     run=_run,
     drops=False,
-    maps=False,
+    chooses=False,
 )

@@ -22,6 +22,10 @@ OTHER = {
     "carope": {"base": 500.0},
     "rope_scaling": {"factor": 2.0},
     "seqpe": {"length": 7},
+    "tokenflex": {"n": 8},
+    "visionzip": {"dominant": 20},
+    "vqtoken": {"codes": 12},
+    "svit_sta": {"cell": 4},
 }
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32}

@@ -23,7 +23,8 @@ def reference(metric: Tensor, count: int, leading: int) -> Tensor:
         int64 [B, T + count], three lists one after the other: T - count tokens that stay, `count` that are merged, and
         for each of those the place in the first list of the token it is merged into. Of the tokens that stay leading
         ones come first, then even ones, then odd ones. Even ones stand in the order of their places, or where nothing
-        leads the sequence in the order of their likeness, best first. The lower index wins a tie.
+        leads the sequence in the order of their likeness, best first. The lower index wins a tie. Without pairs all
+        tokens stay in their places.
 
     Raises:
         ValueError: metric is not [B, T, D], or there are not so many pairs.
@@ -33,6 +34,8 @@ def reference(metric: Tensor, count: int, leading: int) -> Tensor:
     batch, tokens, _ = metric.shape
     if count < 0 or 2 * count > max(tokens - leading, 0):
         raise ValueError(f"no {count} pairs among {tokens} tokens of which the first {leading} are protected")
+    if count == 0:
+        return torch.arange(tokens, device=metric.device).expand(batch, tokens).contiguous()
     metric = metric.detach().to(torch.float32)
     length = metric.norm(dim=-1, keepdim=True)
     metric = metric / torch.where(length > 0, length, 1.0)

@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
-from tokcompile.edit import sub
 from tokcompile.errors import EditError
 from tokcompile.keybias import bias_keys
 from tokcompile.passes.context import Context, longest_segment, oldest
@@ -18,7 +17,7 @@ from tokcompile.sites import Place
 from tokcompile.sites.address import resolve_every
 from tokcompile.sites.features import sequence
 from tokcompile.steps import Merge
-from tokcompile.tokenmap import map_of
+from tokcompile.tokenmap import map_of, note
 from tokcompile.transport import Transport
 
 aten = torch.ops.aten
@@ -82,13 +81,14 @@ def _merge_at(ctx: Context, step: Merge, place: Place, wanted: int, state: _Merg
     if count == 0:
         return
     with editor.after([node]):
-        packed = editor.call(tokred.match_pairs.default, _metric(ctx, step, place), count, leading)
+        packed = editor.call(tokred.match_pairs.default, _metric(ctx, step, place), count, leading, name="pairs")
+        note(editor, packed)
         stays, given, into = (
             editor.call(aten.slice.Tensor, packed, 1, start, end)
             for start, end in ((0, tokens - count), (tokens - count, tokens), (tokens, tokens + count))
         )
         like = editor.call(aten.select.int, node, -1, 0)
-        token_map = map_of(editor, stays, like, at, tokens, editor.arithmetic(sub, tokens, count), step.positions)
+        token_map = map_of(editor, stays, like, at, tokens, tokens - count, step.positions, noted=False)
         lists = (token_map.source, given, into)
         content = editor.call(tokred.merge_pairs.default, node, state.size, *lists, True, name="merged")
         ones = editor.call(aten.ones_like.default, like, dtype=torch.float32)
