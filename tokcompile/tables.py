@@ -21,17 +21,17 @@ tokred = torch.ops.tokred
 class Tables:
     """Tables of one kind of angles; products that need the same table share it."""
 
-    def __init__(self, editor: Editor, angles: Node, strength: float = 1.0, gathered: bool = True) -> None:
+    def __init__(self, editor: Editor, angles: Node, strength: float = 1.0, passed: int = 0) -> None:
         """Prepare tables.
 
         Args:
             angles: float32 [B or 1, G, T, P]; G is 1, or the number of heads that have angles of their own.
             strength: what cosines and sines are multiplied by beside the model's own scale.
-            gathered: whether the angles are of the tokens before all edits, so that tables go through the token maps
-                that the model's went through; else they are of the tokens that each product has.
+            passed: how many of the token maps that the model's tables went through the angles have been through: 0 for
+                those of the tokens before all edits.
         """
         self.editor, self.angles = editor, angles
-        self.strength, self.gathered = strength, gathered
+        self.strength, self.passed = strength, passed
         self._made: dict[tuple[object, ...], Node] = {}
 
     def give(self, turns: Iterable[Turn]) -> None:
@@ -105,7 +105,7 @@ class Tables:
                 where=[place(turn.node)],
                 found=f"{turn.pairs}",
             )
-        for source in turn.via if self.gathered else ():
+        for source in turn.via[self.passed :]:
             table = self._once(
                 ("gathered", table, source), lambda t=table, s=source: call(tokred.gather_tokens.default, t, s, 2, 0)
             )

@@ -10,6 +10,7 @@ import fleet
 import pytest
 import torch
 from harness import difference, greedy, prune, refusal
+from rulecases.carope import parameters
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -365,8 +366,6 @@ def test_parameters_are_trained_through_a_compiled_model() -> None:
 
 def test_phases_count_tokens_that_are_dropped_later() -> None:
     """A drop before and one after the step are alike: phases are of the whole sequence, and go with the tokens."""
-    from rulecases.carope import parameters
-
     model = fleet.shared("llama")
     given = fleet.example(model, 2, (2, 0), text=12)
     weight, bias = parameters(model, 1)

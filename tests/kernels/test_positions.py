@@ -1,4 +1,4 @@
-"""variable_positions, slot_positions and phase_scan against naive loops written from the descriptions of the methods."""
+"""variable_positions, slot_positions and phase_scan against loops written from the descriptions of the methods."""
 
 from __future__ import annotations
 

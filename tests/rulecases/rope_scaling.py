@@ -17,13 +17,13 @@ SCALING = {"1/3": {"scaling": "linear", "factor": 3.0}, 1: {"scaling": "yarn", "
 def _options(model: nn.Module, keep: Any) -> dict[str, Any]:
     if keep == 1.0 and isinstance(keep, float):
         return {"base": model.config.get_text_config().rope_parameters["rope_theta"], "scaling": "none"}
-    return SCALING[keep]
+    return SCALING.get(keep, SCALING["1/3"])
 
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     text = text_of(model)
-    asked = SCALING[keep]
+    asked = SCALING.get(keep, SCALING["1/3"])
     config = deepcopy(model.config.get_text_config())
     config.rope_parameters = {"rope_type": asked["scaling"], "rope_theta": 10000.0, "factor": asked["factor"]}
     if "trained" in asked:
@@ -38,7 +38,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
 
 
 CASE = RuleCase(
-    models=(*fleet.DECODERS, "llava"),
+    models=fleet.DECODERS,
     options=_options,
     run=_run,
     tolerance=1e-5,

@@ -29,7 +29,7 @@ def _options(model: nn.Module, keep: Any) -> dict[str, Any]:
     weights = Weights()
     for name, table in zip(("q", "k"), tables(model), strict=True):
         weights.of("seqpe", name, tuple(table.shape), lambda table=table: table)
-    return {"weights": weights, "how": HOW[keep], "length": LENGTH}
+    return {"weights": weights, "how": HOW.get(keep, "scalar"), "length": LENGTH}
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
 
     def meet(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         said = [table[: q.shape[2]].transpose(0, 1).to(q.dtype).expand(len(q), -1, -1, -1) for table in tables(model)]
-        if HOW[keep] == "mul":
+        if HOW.get(keep, "scalar") == "mul":
             return tuple(x * t for x, t in zip((q, k), said, strict=True))
         return tuple(torch.cat([x, t], -1) for x, t in zip((q, k), said, strict=True))
 
@@ -56,7 +56,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
 
 
 CASE = RuleCase(
-    models=(*fleet.DECODERS, "llava"),
+    models=fleet.DECODERS,
     options=_options,
     run=_run,
     tolerance=1e-5,

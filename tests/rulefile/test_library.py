@@ -18,6 +18,10 @@ from tokcompile.steps import Step
 
 OTHER = {
     "tome": {"pairs": 3},
+    "v2pe": {"delta": "1/8"},
+    "carope": {"base": 500.0},
+    "rope_scaling": {"factor": 2.0},
+    "seqpe": {"length": 7},
     "tokenflex": {"n": 8},
     "visionzip": {"dominant": 20},
     "vqtoken": {"codes": 12},

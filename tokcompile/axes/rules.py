@@ -185,10 +185,13 @@ def picked_from(node: Node) -> Node | None:
 
 
 def gather_tokens(ctx: Context, node: Node) -> Dims:
-    """tokred::gather_tokens: one dimension becomes that of the token map."""
+    """tokred::gather_tokens: one dimension becomes that of the token map, whose indices are of what it was."""
     value, chosen, where, batch = node.args[:4]
     dims = list(ctx.of(value))
-    dims[where] = ctx.of(chosen)[1]
+    new = resolve(ctx.of(chosen)[1])
+    if len(new) == 1 and new[0].origin is not None and new[0].via is chosen:
+        ctx.unify(node, dims[where], new[0].origin)
+    dims[where] = new
     if batch != where:
         ctx.unify(node, dims[batch], ctx.of(chosen)[0])
         dims[batch] = dims[batch] or ctx.of(chosen)[0]

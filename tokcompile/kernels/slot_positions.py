@@ -1,4 +1,4 @@
-"""tokred::slot_positions: for each rotary frequency the position of one of the tokens that a merged token is made of."""
+"""tokred::slot_positions: for each frequency the position of one of the tokens that a merged token is made of."""
 
 from __future__ import annotations
 

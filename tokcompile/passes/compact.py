@@ -40,7 +40,7 @@ def place_compact(ctx: Context, step: Place, found: list[Frequencies], record: d
                 numbers = ctx.editor.call(aten.sub.Tensor, usual, offset(ctx, step.address.stack, _NAME))
             keep_offset(ctx, usual, numbers, _NAME)
             angles = angles_of(ctx.editor, numbers, inverse)
-        Tables(ctx.editor, angles, gathered=False).give(each.turns)
+        Tables(ctx.editor, angles, passed=len(each.turns[0].via)).give(each.turns)
 
 
 def _numbers(ctx: Context, frequencies: Frequencies) -> Node:

@@ -74,6 +74,14 @@ def check_positions(ctx: Context, place: Place) -> None:
             found="an image's tokens stand in height and width, and do not count one by one",
             remedy="use `positions: keep`",
         )
+    fractions = [n for n in ctx.sites.reach.order if n.target is tokred.variable_positions.default]
+    if any(ctx.sites.reach.any_above(r.positions, fractions) for r in rotary):
+        raise EditError(
+            f"positions cannot be compacted: those of the {owner} are fractions",
+            where=[place.address],
+            found="tokens that a place step gave other positions",
+            remedy="use `positions: keep`, or place tokens after the drop",
+        )
     if not owner or rotary:
         return
     raise EditError(

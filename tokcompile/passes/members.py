@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
+from tokcompile.axes import product, resolve
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context
+from tokcompile.passes.density_peaks import Slots
+from tokcompile.passes.variable import visual
 from tokcompile.program import place as node_place
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Place
@@ -19,56 +21,83 @@ aten = torch.ops.aten
 tokred = torch.ops.tokred
 
 
-@dataclass(frozen=True, eq=False)
-class Members:
-    """What the tokens of a merge are made of.
-
-    Attributes:
-        table: int64 [B, T', K or more], old tokens, the nearest to a token's centre first and repeated in turn where
-            there are fewer; a token that was not merged repeats itself.
-        source: int64 [B, T'], the old token that each new one stands for, of the merge's token map.
-    """
-
-    table: Node
-    source: Node
-
-
 def place_slots(ctx: Context, step: Place, found: list[Frequencies], record: dict[str, object]) -> None:
     """Turn slot k's share of the frequencies by the position of member k: PPE (2025), section 3.2.
 
     Raises:
-        RuleError: the slots do not divide the frequencies of every coordinate.
-        EditError: no layer holds the tokens of the merge.
+        RuleError: the slots do not divide the frequencies of every coordinate, or the merge lists fewer members.
+        EditError: no layer holds the tokens of the merge, or they are not known any more.
     """
     if ctx.sites.phase != "prefill":
         record["note"] = "tokens of text have one position: no edit"
         return
-    members: Members = ctx.values[step.of]
+    if step.of not in ctx.values:
+        record["note"] = "the merge left all tokens as they were: no edit"
+        return
+    merged: Slots = ctx.values[step.of]
     done = 0
     for each in found:
-        turns = [turn for turn in each.turns if turn.via and turn.via[-1] is members.source]
+        turns = [turn for turn in each.turns if turn.via]
         if not turns:
             continue
         done += len(turns)
         axes, slots = shares(step, turns[0], each.pairs)
-        if len(turns[0].via) > 1:
-            raise EditError(
-                "tokens that were merged had been cut before: their members are no longer the model's own tokens",
-                where=[node_place(turns[0].node)],
-                remedy="merge first, and drop after it",
-            )
+        source = turns[0].via[0]
+        _check_first(ctx, turns, merged)
         with ctx.editor.before(turns[0].node):
+            members = _members(ctx, step, each, merged, source)
             positions = ctx.editor.call(aten.transpose.int, coordinates_of(ctx.editor, each), 0, 1)
-            ids = ctx.editor.call(tokred.slot_positions.default, positions, members.table, axes, slots)
+            ids = ctx.editor.call(tokred.slot_positions.default, positions, members, axes, slots)
             angles = angles_of(ctx.editor, ids, inverse_of(ctx.editor, each))
-        Tables(ctx.editor, angles, gathered=False).give(turns)
+        Tables(ctx.editor, angles, passed=1).give(turns)
     if not done:
         raise EditError(
             "no layer holds the tokens of this merge",
             where=[step.at],
             found=f"merge '{step.of}'",
-            remedy="merge at the input of the stack, or of one of its blocks, before placing",
+            remedy="merge before the stack, or at the input of one of its blocks",
         )
+
+
+def _check_first(ctx: Context, turns: list[Turn], merged: Slots) -> None:
+    """The merge must be the first edit of the sequence: members are then the model's own tokens."""
+    sources = {turn.via[0] for turn in turns}
+    if len(sources) > 1 or ctx.sites.reach.above(next(iter(sources)), merged.node):
+        raise EditError(
+            "tokens that were merged had been cut before: their members are no longer the model's own tokens",
+            where=[node_place(turns[0].node)],
+            remedy="merge first, and drop after it",
+        )
+
+
+def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Slots, source: Node) -> Node:
+    """int64 [B, T', K], old tokens of the stack that each new one is made of; one of text repeats itself.
+
+    Merged tokens stand among the text in their order, where images stood.
+    """
+    call, table, wanted = ctx.editor.call, merged.node, int(step.slots)
+    if int(table.meta["val"].shape[2]) < wanted:
+        raise RuleError(
+            f"merge '{step.of}' lists fewer members than {wanted} slots",
+            where=[step.at],
+            found=f"slots: {table.meta['val'].shape[2]}",
+            remedy="give the merge as many slots",
+        )
+    table = call(aten.slice.Tensor, table, 2, 0, wanted)
+    if ctx.sites.splice is None:
+        return table
+    image = visual(ctx, frequencies)
+    own = ctx.program.axes.of(frequencies.positions)[frequencies.tokens]
+    if resolve(merged.axis) != resolve(own):
+        count = product(resolve(merged.axis))
+        places = call(tokred.kept_indices.default, image, count)
+        flat = call(aten.gather.default, places, 1, call(aten.flatten.using_ints, table, 1, 2))
+        table = call(aten.unflatten.int, flat, 1, [-1, wanted])
+    here = call(aten.gather.default, image, 1, source)
+    rank = call(aten.clamp.default, call(aten.sub.Tensor, call(aten.cumsum.default, here, 1), 1), 0)
+    listed = call(tokred.gather_tokens.default, table, rank, 1, 0)
+    here, alone = (call(aten.unsqueeze.default, value, 2) for value in (here, source))
+    return call(aten.where.self, here, listed, alone)
 
 
 def shares(step: Place, turn: Turn, pairs: int) -> tuple[list[int], list[int]]:

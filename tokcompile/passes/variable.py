@@ -43,7 +43,7 @@ def place_variable(ctx: Context, step: Place, found: list[Frequencies], record: 
     for each in found:
         with ctx.editor.before(each.turns[0].node):
             whole, inverse = rows_of(ctx.editor, each), inverse_of(ctx.editor, each)
-            seen = _visual(ctx, each) if prefill or ctx.sites.splice is not None else None
+            seen = visual(ctx, each) if prefill or ctx.sites.splice is not None else None
             units = _units(ctx, step, whole, seen, strides)
             usual = ctx.editor.call(aten.mul.Tensor, whole, step.denominator)
             if not prefill:
@@ -67,7 +67,7 @@ def _units(ctx: Context, step: Place, whole: Node, seen: Node | None, strides: l
     return ctx.editor.call(tokred.variable_positions.default, whole, seen, strides, step.denominator)
 
 
-def _visual(ctx: Context, frequencies: Frequencies) -> Node:
+def visual(ctx: Context, frequencies: Frequencies) -> Node:
     """bool [B, T] on the axis of the positions: where features of images stand, dropped ones among them."""
     goal = ctx.program.axes.of(frequencies.positions)[frequencies.tokens]
     if ctx.sites.splice is None:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 import tokcompile.kernels  # noqa: F401  registers tokred::phase_scan, which a pass puts in place of positions
-from tokcompile.axes import Axes, Dim
+from tokcompile.axes import Axes, Dim, resolve
 from tokcompile.sites.block import Stack
 from tokcompile.sites.reach import Reach
 
@@ -51,8 +51,15 @@ def _turns(table: Node, stack: Stack, reach: Reach) -> bool:
 
 
 def _by_token(dims: list[Dim], tokens: Dim) -> bool:
-    """Whether a table has a dimension for tokens; a single token has none to look for."""
-    return not tokens or any(tokens[-1] in dim for dim in dims)
+    """Whether a table has a dimension for tokens, or those they were cut from; a single token has none to look for."""
+    while tokens:
+        if any(tokens[-1] in dim for dim in dims):
+            return True
+        origin = tokens[-1].origin
+        if origin is None:
+            return False
+        tokens = resolve(origin)
+    return True
 
 
 def _integer_source(table: Node, axes: Axes, tokens: Dim) -> Node | None:

@@ -7,7 +7,6 @@ coordinates are one case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,14 +173,14 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
             for run in runs:
                 run.step(node)
         elif any(reach.above(node, end) for end in ends):
-            frequencies.turns.append(_turn(node, runs, frequencies, reach))
+            frequencies.turns.append(_turn(node, runs, frequencies))
 
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _turn(node: Node, runs: list[_Run], frequencies: Frequencies, reach: Reach) -> Turn:
+def _turn(node: Node, runs: list[_Run], frequencies: Frequencies) -> Turn:
     tables = [a for a in node.args if a in runs[0].values]
     if node.target is not aten.mul.Tensor or len(tables) != 1:
         raise _unknown(node)
@@ -189,7 +188,7 @@ def _turn(node: Node, runs: list[_Run], frequencies: Frequencies, reach: Reach) 
     value = node.args[1] if node.args[0] is table else node.args[0]
     one, two = (run.values[table] for run in runs)
     waves = runs[0].waves[table]
-    if len(waves) != 1 or not reach.order or one.shape != two.shape:
+    if len(waves) != 1:
         raise _unknown(node)
     columns = one.reshape(-1, one.shape[-1])
     scales = two.reshape(-1, one.shape[-1]) - columns
@@ -226,7 +225,7 @@ class _Run:
 
     def __init__(self, frequencies: Frequencies, start: float) -> None:
         angles, pairs = frequencies.angles, frequencies.pairs
-        sizes = list(_sizes(angles.meta["val"]))
+        sizes = _sizes(angles.meta["val"])
         turned = angles.target is not aten.mul.Tensor and _list(angles.args[0]) is frequencies.inverse
         names = start + torch.arange(pairs, dtype=torch.float64)
         names = names[:, None] if turned else names
@@ -238,7 +237,7 @@ class _Run:
         self.via: dict[Node, tuple[Node, ...]] = {angles: ()}
 
     def step(self, node: Node) -> None:
-        """Run one operator; one that only checks sizes is left out."""
+        """Run one operator."""
         given = [a for a in node.all_input_nodes if a in self.values]
         self.waves[node] = frozenset().union(*(self.waves[a] for a in given))
         self.via[node] = max((self.via[a] for a in given), key=len)
@@ -260,8 +259,8 @@ class _Run:
         return self.values[node] if node in self.values else _hint(node.meta["val"])
 
 
-def _sizes(value: torch.Tensor) -> Iterator[int]:
-    return (_hint(size) for size in value.shape)
+def _sizes(value: torch.Tensor) -> list[int]:
+    return [_hint(size) for size in value.shape]
 
 
 def _hint(size: Any) -> Any:

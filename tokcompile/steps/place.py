@@ -54,6 +54,6 @@ class Place(Step):
         for share in self.delta:
             if self.denominator % share.denominator:
                 raise wrong(
-                    f"'delta: {share}' is no multiple of 1/{self.denominator}, and positions are counted in whole parts",
+                    f"'delta: {share}' is no multiple of 1/{self.denominator}, and positions are counted in these",
                     f"a fraction such as 1/4, or 'denominator: {share.denominator}'",
                 )
