@@ -29,10 +29,6 @@ OTHER = {
     "image": {"tokens": 4},
     "meta_tokens": {"share": 0.25},
     "hita": {"queries": 4},
-    "v2pe": {"delta": "1/8"},
-    "carope": {"base": 500.0},
-    "rope_scaling": {"factor": 2.0},
-    "seqpe": {"length": 7},
 }
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32}
