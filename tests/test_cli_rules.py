@@ -9,9 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tokcompile.cli import app
-from tokcompile.rulefile import rule_names
+from tokcompile.rulefile import load_rule, rule_names
+from tokcompile.steps import STEPS
 
 RUN = CliRunner()
+SCREEN = 40
 
 
 def test_rules_lists_the_library() -> None:
@@ -30,13 +32,19 @@ def test_rules_as_json() -> None:
 
 
 @pytest.mark.parametrize("name", rule_names())
-def test_show(name: str) -> None:
+def test_show_explains_a_rule_in_a_screen(name: str) -> None:
     result = RUN.invoke(app, ["show", name])
     assert result.exit_code == 0
-    assert "steps:" in result.stdout
+    rule = load_rule(name)
+    assert rule.file.about in result.stdout
+    assert all(option in result.stdout for option in rule.params)
+    assert sum(line.startswith(tuple(STEPS)) for line in result.stdout.splitlines()) >= len(rule.steps)
+    assert len(result.stdout.splitlines()) <= SCREEN
+    assert rule.source.rstrip() in RUN.invoke(app, ["show", name, "--source"]).stdout
     data = json.loads(RUN.invoke(app, ["show", name, "--json"]).stdout)
     assert data["rule"] == name
-    assert data["steps"][-1].keys() == {"drop"}
+    (verb,) = data["steps"][-1]
+    assert not STEPS[verb].makes
 
 
 def test_check_says_what_is_odd(tmp_path: Path) -> None:
@@ -58,7 +66,7 @@ def test_check_says_what_is_odd(tmp_path: Path) -> None:
 
 def test_an_error_goes_to_stderr_and_exits_with_1(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("rule: mine\nabout: x\nsteps:\n  - merge: {}\n")
+    path.write_text("rule: mine\nabout: x\nsteps:\n  - route: {}\n")
     result = RUN.invoke(app, ["check", str(path)])
     assert result.exit_code == 1
     assert result.stdout == ""

@@ -16,7 +16,7 @@ from tokcompile.budget import Budget, clamp, round_ratio
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import has_expression, names_in, substitute
 from tokcompile.params import FACTS, ParamValue, plain
-from tokcompile.steps import Select, Step
+from tokcompile.steps import Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
@@ -40,7 +40,7 @@ class RuleInstance:
         return self.rule.name
 
     def resolve(self, facts: Mapping[str, int]) -> ResolvedRule:
-        """Apply the facts of a model: every `${…}` gets its value, except in a select's `keep`.
+        """Apply the facts of a model: every `${…}` gets its value, except in a budget.
 
         Args:
             facts: what `params.FACTS` names, as far as this model has it.
@@ -50,13 +50,13 @@ class RuleInstance:
         steps = tuple(_resolve_step(step, names, self.rule) for step in self.rule.steps)
         return ResolvedRule(self, steps, resolved, dict(facts))
 
-    def budget(self, step: Select, n: Any, facts: Mapping[str, int]) -> Any:
-        """Return how many of n tokens a select step keeps.
+    def budget(self, step: Step, n: Any, facts: Mapping[str, int]) -> Any:
+        """Return how many of n tokens a step keeps or makes.
 
         A ratio_or_count parameter in an expression stands for its count among n. An expression gives a count.
 
         Args:
-            n: size of the group that the budget counts in; may be symbolic where `keep` is one budget or one name.
+            n: size of the group that the budget counts in; may be symbolic where it is one budget or one name.
         """
         return self.resolve(facts).budget(step, n)
 
@@ -104,7 +104,7 @@ class ResolvedRule:
 
     Attributes:
         instance: where it comes from.
-        steps: steps whose `${…}` have their values; only a select's `keep` may still hold one: ask `budget`.
+        steps: steps whose `${…}` have their values; only a budget may still hold one: ask `budget`.
         params: value of every parameter.
         facts: the facts of the model that were used.
     """
@@ -123,42 +123,43 @@ class ResolvedRule:
         """Return file and line of a step, for messages."""
         return f"{self.instance.rule.path}:{step.line}"
 
-    def budget(self, step: Select, n: Any) -> Any:
-        """Return how many of n tokens a select step keeps; see RuleInstance.budget."""
-        if not has_expression(step.keep):
-            return Budget.parse(step.keep).count(n, step.round, step.allow_zero)
-        lone = self.params.get(step.keep.strip()[2:-1].strip())
+    def budget(self, step: Step, n: Any) -> Any:
+        """Return how many of n tokens a step keeps or makes; see RuleInstance.budget."""
+        text, allow_zero = getattr(step, step.budgeted), getattr(step, "allow_zero", False)
+        if not has_expression(text):
+            return Budget.parse(text).count(n, step.round, allow_zero)
+        lone = self.params.get(text.strip()[2:-1].strip())
         if isinstance(lone, Budget):
-            return lone.count(n, self._rounding(step), step.allow_zero)
+            return lone.count(n, self._rounding(step, text), allow_zero)
         if not isinstance(n, int):
             raise RuleError(
-                f"'{step.keep}' needs a known number of tokens, and this one is symbolic",
+                f"'{text}' needs a known number of tokens, and this one is symbolic",
                 where=self.place(step),
                 found=str(n),
                 remedy="use one parameter alone as the budget, or compile with a static length",
             )
-        return clamp(self._count(step, n), n, step.allow_zero)
+        return clamp(self._count(step, text, n), n, allow_zero)
 
-    def _rounding(self, step: Select) -> str:
-        own = self.instance.rule.params.get(step.keep.strip()[2:-1].strip())
+    def _rounding(self, step: Step, text: str) -> str:
+        own = self.instance.rule.params.get(text.strip()[2:-1].strip())
         return (own.round if own else None) or step.round
 
-    def _count(self, step: Select, n: int) -> int:
+    def _count(self, step: Step, text: str, n: int) -> int:
         declared = self.instance.rule.params
         counts = {
             name: value.count(n, declared[name].round or step.round)
             for name, value in self.params.items()
             if isinstance(value, Budget)
         }
-        _needs_facts(names_in(step.keep) & FACTS.keys(), self.facts, f"keep: {step.keep}", self.place(step))
+        _needs_facts(names_in(text) & FACTS.keys(), self.facts, f"{step.budgeted}: {text}", self.place(step))
         try:
-            value = Fraction(substitute(step.keep, {**self.facts, **self.params, **counts}))
+            value = Fraction(substitute(text, {**self.facts, **self.params, **counts}))
         except TokredError as error:
             raise error.inside(self.place(step)) from None
-        is_share = 0 < value < 1 and not names_in(step.keep) & counts.keys()
+        is_share = 0 < value < 1 and not names_in(text) & counts.keys()
         if value < 0 or is_share:
             raise RuleError(
-                f"the budget '{step.keep}' of {n} tokens is {value}, which is not a count",
+                f"the budget '{text}' of {n} tokens is {value}, which is not a count",
                 where=self.place(step),
                 remedy="an expression gives a count; for a share, use a ratio_or_count parameter" if is_share else "",
             )
@@ -194,7 +195,7 @@ def _needs_facts(names: set[str], facts: Mapping[str, int], user: str, place: st
 
 def _resolve_step(step: Step, names: Mapping[str, Any], rule: Rule) -> Step:
     given = step.given()
-    late = {"keep"} if isinstance(step, Select) else set()
+    late = {step.budgeted}
     holes = {key: text for key, text in given.items() if key not in late and has_expression(text)}
     if not holes:
         return step

@@ -27,7 +27,7 @@ from tokcompile.padding import Cut, follow_padding, takes_padding
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop, Mark, Step
+from tokcompile.steps import Drop, Mark, Merge, Step
 
 aten = torch.ops.aten
 _StepT = TypeVar("_StepT", bound=Step)
@@ -48,7 +48,7 @@ def adapt_decode(
     drops = [
         (_first_block(step, depth), step, rule, record)
         for rule, record in zip(rules, applied, strict=True)
-        for step in _steps(rule, facts, Drop)
+        for step in _steps(rule, facts, Drop, Merge)
     ]
     marks = [(_first_block(step, depth), step, rule) for rule in rules for step in _steps(rule, facts, Mark)]
     first_mark = min((first for first, _, _ in marks), default=None)
@@ -80,19 +80,22 @@ def adapt_decode(
             _check_given(program, sites, rule, step)
 
 
-def _steps(rule: RuleInstance, facts: Mapping[str, int], kind: type[_StepT]) -> list[_StepT]:
-    """The steps of a rule of one kind with their values filled in; those that choose may need facts of a prompt."""
+def _steps(rule: RuleInstance, facts: Mapping[str, int], *kinds: type[_StepT]) -> list[_StepT]:
+    """The steps of a rule of some kinds with their values filled in; those that choose may need facts of a prompt."""
     known = _known(rule, facts)
-    steps = [s for s in rule.rule.steps if isinstance(s, kind)]
-    fields = [f for f in ("at", "positions") if f in kind.model_fields]
-    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in fields}) for s in steps]
+    steps = [s for s in rule.rule.steps if isinstance(s, kinds)]
+    return [s.model_copy(update={f: str(substitute(getattr(s, f), known)) for f in _places(s)}) for s in steps]
+
+
+def _places(step: Step) -> list[str]:
+    return [field for field in ("at", "positions") if field in type(step).model_fields]
 
 
 def _known(rule: RuleInstance, facts: Mapping[str, int]) -> dict[str, object]:
     return {k: v for k, v in rule.params.items() if not has_expression(v)} | dict(facts)
 
 
-def _first_block(step: Drop | Mark, depth: int) -> int:
+def _first_block(step: Drop | Merge | Mark, depth: int) -> int:
     """The first decoder block whose cache a step shortened."""
     address = parse_address(step.at)
     if address.stack != "decoder" or address.index is None:
@@ -116,7 +119,7 @@ def _check_marks(program: Program, sites: Sites, drops: Sequence[tuple], marks: 
         )
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Mark) -> None:
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Mark) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:

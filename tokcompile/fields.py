@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -64,6 +65,8 @@ def _integer(value: object) -> object:
 
 
 def _number(value: object) -> object:
+    if isinstance(value, Fraction):  # what an expression gives
+        return float(value)
     if has_expression(value) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     raise wrong(f"{value!r} is not a number", "a number or an expression")

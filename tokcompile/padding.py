@@ -20,7 +20,7 @@ from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.rulefile import Rule
 from tokcompile.sites import Block, Sites
-from tokcompile.steps import Drop, Select
+from tokcompile.steps import Drop, Merge, Select
 
 aten = torch.ops.aten
 
@@ -40,8 +40,13 @@ class Cut:
     place: str
 
 
-def takes_padding(rule: Rule, step: Drop, known: Mapping[str, object]) -> bool:
-    """Whether the tokens that a drop chooses from are all of a row, or its text: padding is among these."""
+def takes_padding(rule: Rule, step: Drop | Merge, known: Mapping[str, object]) -> bool:
+    """Whether the tokens that a drop chooses from are all of a row, or its text: padding is among these.
+
+    A merge of features is of images alone.
+    """
+    if isinstance(step, Merge):
+        return False
     choices = {s.name: s for s in rule.steps if isinstance(s, Select)}
     choice = choices[step.keep]
     while choice.of is not None:

@@ -14,6 +14,7 @@ from tokcompile.dump import dump
 from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, TokredError
 from tokcompile.passes import PASSES, Context
+from tokcompile.passes.context import class_tokens
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.features import features, images_per_row
@@ -89,8 +90,11 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
 
 
 def facts(program: Program, sites: Sites) -> dict[str, int]:
-    """What rule files may compute with: depths, the number of image tokens, and the patch grid."""
+    """What rule files may compute with: depths, the numbers of class and image tokens, and the patch grid."""
     found = {f"{name}.depth": len(stack.blocks) for name, stack in sites.stacks.items()}
+    others = class_tokens(program, sites)
+    if others is not None:
+        found["vision.class_tokens"] = others
     made = features(program, sites) if sites.projector is not None else None
     if made is None or (made.packed and images_per_row(program, sites, made) != 1):
         return found

@@ -14,7 +14,7 @@ OPS = "tokcompile.ops"
 BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
     "select": ("topk", "neighbours", "fill", "protect"),
-    "merge": ("pairs",),
+    "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "density_peaks", "super_tokens"),
 }
 
 _registered: dict[str, set[str]] = {}

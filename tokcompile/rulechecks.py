@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
 from tokcompile.params import FACTS
-from tokcompile.steps import REFERENCES, Score, Select, Step
+from tokcompile.steps import REFERENCES, Score, Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
@@ -95,7 +95,7 @@ def _check_expressions(step: Step, rule: Rule) -> None:
         for name in sorted(names - FACTS.keys() - rule.params.keys()):
             cause = f"unknown name '{name}' in '{field}: {text}' of '{step.verb}'"
             raise RuleError(cause, where=place, remedy=known(name, [*rule.params, *FACTS]))
-        is_budget = isinstance(step, Select) and field == "keep"
+        is_budget = field == step.budgeted
         for name in sorted(names & rule.params.keys()):
             if rule.params[name].type == "ratio_or_count" and not is_budget:
                 cause = f"'{name}' is a ratio_or_count, and '{field}' of '{step.verb}' is no budget"

@@ -45,8 +45,8 @@ def render_library(rules: list[Rule], plain: bool) -> RenderableType:
     return result
 
 
-def render_page(rule: Rule, plain: bool) -> RenderableType:
-    """Return the page of `tokred show`."""
+def render_page(rule: Rule, plain: bool, source: bool = False) -> RenderableType:
+    """Return the page of `tokred show`: a screen, or with `source` all of the file, where comments give the reasons."""
     head = [Text(f"{rule.name}: {rule.file.about}", style="bold")]
     paper = rule.file.paper
     if paper:
@@ -56,7 +56,24 @@ def render_page(rule: Rule, plain: bool) -> RenderableType:
     for name, param in rule.params.items():
         shown = "" if param.paper is None else str(param.paper)
         options.add_row(name, _type(param), Text(str(param.default)), shown, Text(param.about))
-    return Group(*head, Text(), options, Text(), Text(rule.source.rstrip()))
+    below = [Text(rule.source.rstrip())] if source else [_steps(rule, plain), Text(), Text(f"file: {rule.path}")]
+    return Group(*head, Text(), options, Text(), *below)
+
+
+def _steps(rule: Rule, plain: bool) -> Table:
+    """A line for each step: what it makes, and how."""
+    shown = table("step", "name", "how", plain=plain)
+    for step in rule.steps:
+        given = {key: value for key, value in step.given().items() if key != "name"}
+        how = ", ".join(f"{key}: {_flow(value)}" for key, value in given.items())
+        shown.add_row(step.verb, getattr(step, "name", None) or "", Text(how))
+    return shown
+
+
+def _flow(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(_flow, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _type(param: Param) -> Text:

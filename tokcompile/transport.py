@@ -108,7 +108,7 @@ class Transport:
         for user in users:
             self.editor.swap_input(user, cut, content)
         self.mark(content, token_map, self.axes.of(cut))
-        self._walk(content)
+        self.walk(content)
         return content
 
     def mark(self, node: Node, token_map: TokenMap, dims: list[Dim] | None = None) -> None:
@@ -117,7 +117,8 @@ class Transport:
         if dims is not None:
             self._dims[node] = dims
 
-    def _walk(self, start: Node) -> None:
+    def walk(self, start: Node, end: Node | None = None) -> None:
+        """Rewrite what depends on edited values, from after one node to another, or to the end of the graph."""
         order = list(self.editor.program.graph.nodes)
         for node in order[order.index(start) + 1 :]:
             if (
@@ -126,6 +127,8 @@ class Transport:
                 and any(a in self.edited for a in node.all_input_nodes)
             ):
                 self._visit(node)
+            if node is end:
+                return
 
     def _visit(self, node: Node) -> None:
         if node.target in _SIZES:

@@ -27,6 +27,7 @@ class RuleCase:
         tolerance: largest difference of logits to the hand-run in float32; above 0 only for sums in another order.
         coarse: the same in bfloat16.
         drops: whether the last token map lists the tokens of the text that stay.
+        chooses: whether tokens are chosen, so that there are token maps.
         slots: whether it lists slots instead, of which the first may be empty.
     """
 
@@ -36,6 +37,7 @@ class RuleCase:
     tolerance: float = 0
     coarse: float = 0
     drops: bool = True
+    chooses: bool = True
     slots: bool = False
 
 

@@ -16,7 +16,13 @@ from tokcompile.errors import RuleError
 from tokcompile.rulefile import LIBRARY, Rule, json_schema, load_rule, parse_rules, rule_names
 from tokcompile.steps import Step
 
-OTHER = {"tome": {"pairs": 3}}
+OTHER = {
+    "tome": {"pairs": 3},
+    "tokenflex": {"n": 8},
+    "visionzip": {"dominant": 20},
+    "vqtoken": {"codes": 12},
+    "svit_sta": {"cell": 4},
+}
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32}
 SCHEMA = Path(__file__).parents[2] / "docs" / "rule.schema.json"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tokcompile.axes.assigning import batched, centres, crossed, slots, spread, super_tokens, weights
 from tokcompile.axes.atoms import divide, fresh, product, resolve, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
+from tokcompile.axes.merging import merge_weights, mix_tokens, nearest, pool_matrix, representatives
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
 from tokcompile.axes.sorts import numbered, ordered, written
 from tokcompile.axes.views import (
@@ -433,4 +435,23 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "token_cosine": leading(2),
     "fill_mask": pointwise,
     "splice_values": like_first,
+    "window_topk_mask": like_first,
+    "transport_cost": crossed,
+    "transport_cost_over_time": crossed,
+    "transport_plan": like_first,
+    "transport_weights": weights,
+    "density_peaks": centres,
+    "cluster_labels": leading(2),
+    "cluster_slots": slots,
+    "super_token_affinity": batched,
+    "super_token_pool": super_tokens,
+    "super_token_spread": spread,
+    "mix_tokens": mix_tokens,
+    "merge_weights": merge_weights,
+    "nearest_tokens": nearest,
+    "strided_tokens": representatives,
+    "first_members": representatives,
+    "kmeans_assign": leading(2),
+    "pool_matrix": pool_matrix,
+    "elbow": leading(1),
 }

@@ -10,13 +10,19 @@ if __name__ == "tokcompile.kernels":
     from .attention_received import attention_received
     from .attention_row import attention_row
     from .clear_slots import clear_slots
+    from .cluster_labels import cluster_labels
+    from .cluster_slots import cluster_slots
+    from .density_peaks import density_peaks
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
+    from .elbow import elbow
     from .fill_mask import fill_mask
+    from .first_members import first_members
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .inverse_map import inverse_map
     from .kept_indices import kept_indices
+    from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .long_runs import long_runs
     from .mark_slots import mark_slots
@@ -24,28 +30,47 @@ if __name__ == "tokcompile.kernels":
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
     from .merge_pairs import merge_pairs
+    from .merge_weights import merge_weights
+    from .mix_tokens import mix_tokens
+    from .nearest_tokens import nearest_tokens
+    from .pool_matrix import pool_matrix
     from .random_scores import random_scores
     from .slot_means import slot_means
     from .slot_source import slot_source
     from .splice_values import splice_values
+    from .strided_tokens import strided_tokens
+    from .super_token_affinity import super_token_affinity
+    from .super_token_pool import super_token_pool
+    from .super_token_spread import super_token_spread
     from .token_cosine import token_cosine
     from .token_norm import token_norm
     from .token_source import token_source
     from .topk_mask import topk_mask
+    from .transport_cost import transport_cost
+    from .transport_cost_over_time import transport_cost_over_time
+    from .transport_plan import transport_plan
+    from .transport_weights import transport_weights
+    from .window_topk_mask import window_topk_mask
 
 __all__ = [
     "attention",
     "attention_received",
     "attention_row",
     "clear_slots",
+    "cluster_labels",
+    "cluster_slots",
     "define",
+    "density_peaks",
     "dilate",
     "dilate_by_width",
+    "elbow",
     "fill_mask",
+    "first_members",
     "gather_tokens",
     "held_slots",
     "inverse_map",
     "kept_indices",
+    "kmeans_assign",
     "last_valid",
     "long_runs",
     "mark_slots",
@@ -53,14 +78,27 @@ __all__ = [
     "masked_mean",
     "match_pairs",
     "merge_pairs",
+    "merge_weights",
+    "mix_tokens",
     "names",
+    "nearest_tokens",
+    "pool_matrix",
     "random_scores",
     "reference_of",
     "slot_means",
     "slot_source",
     "splice_values",
+    "strided_tokens",
+    "super_token_affinity",
+    "super_token_pool",
+    "super_token_spread",
     "token_cosine",
     "token_norm",
     "token_source",
     "topk_mask",
+    "transport_cost",
+    "transport_cost_over_time",
+    "transport_plan",
+    "transport_weights",
+    "window_topk_mask",
 ]

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-from . import _library
-
-_WORD = 0xFFFFFFFF
-_Word = TypeVar("_Word", int, Tensor)
-
-
-def _mix(word: _Word) -> _Word:
-    """Bijective 32-bit finaliser on ints or int64 tensors in [0, 2^32).
-
-    Both multipliers are below 2^31, so no product leaves int64: the same bits in Python, ATen and C++.
-    """
-    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD
-    word = ((word ^ (word >> 15)) * 0x735A2D97) & _WORD
-    return word ^ (word >> 15)
+from . import _hash, _library
 
 
 def reference(like: Tensor, seed: int) -> Tensor:
@@ -38,10 +23,7 @@ def reference(like: Tensor, seed: int) -> Tensor:
     """
     if like.dim() != 2:
         raise ValueError(f"like must be [B, N], not {list(like.shape)}")
-    salt = _mix((_mix(seed & _WORD) + ((seed >> 32) & _WORD)) & _WORD)
-    index = torch.arange(like.shape[1], device=like.device)
-    # The salt goes in between two rounds: added to the index, seeds would give shifted copies of one sequence.
-    word = _mix(_mix(index + 1) ^ salt)
+    word = _hash.hashed(torch.arange(like.shape[1], device=like.device), seed)
     return ((word >> 8).to(torch.float32) * 2.0**-24).expand(like.shape).contiguous()
 
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Scale the last dimension to length one; zero vectors stay zero."""
-    # Dividing by the largest entry first keeps the squares of very small and very large vectors in range.
-    peak = x.abs().amax(-1, keepdim=True)
-    scaled = x / torch.where(peak == 0, 1.0, peak)
-    norm = torch.linalg.vector_norm(scaled, 2.0, dim=-1, keepdim=True)
-    return scaled / torch.where(norm == 0, 1.0, norm)
+from . import _library, _vectors
 
 
 def reference(x: Tensor, reference: Tensor) -> Tensor:
@@ -36,8 +27,8 @@ def reference(x: Tensor, reference: Tensor) -> Tensor:
         )
     several = reference if reference.dim() == 3 else reference.unsqueeze(1)
     # The mean of dot products is the dot product with the mean: R costs nothing per token.
-    mean = _unit(several.to(torch.float32)).mean(1, keepdim=True)
-    return (_unit(x.to(torch.float32)) * mean).sum(-1)
+    mean = _vectors.unit(several.to(torch.float32)).mean(1, keepdim=True)
+    return (_vectors.unit(x.to(torch.float32)) * mean).sum(-1)
 
 
 token_cosine = _library.define("token_cosine(Tensor x, Tensor reference) -> Tensor", reference)

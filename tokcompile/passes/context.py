@@ -241,6 +241,19 @@ def longest_segment(axis: Dim) -> Dim:
     return max((resolve(s) for s in axis[0].segments or ()), key=lambda s: _order(product(s)))
 
 
+def class_tokens(program: Program, sites: Sites) -> int | None:
+    """How many tokens of the vision stack are no patches; None without such a stack, or where that is not known."""
+    stack = sites.stacks.get("vision")
+    dims = program.axes.of(stack.blocks[stack.features].output) if stack is not None else []
+    if len(dims) != 3:
+        return None
+    start = oldest(dims[1])
+    if not _has_segments(start):
+        return 0
+    others = product(start) - product(longest_segment(start))
+    return others if isinstance(others, int) else None
+
+
 def _spelled(axis: Dim) -> str:
     return " x ".join(str(atom.size) for atom in axis) or "1"
 

@@ -49,7 +49,7 @@ def drop(ctx: Context, step: Drop) -> None:
             found=f"{tuple(node.meta['val'].shape)}",
         )
     if step.positions == "compact":
-        _check_positions(ctx, place)
+        check_positions(ctx, place)
     transport = Transport(ctx.editor, ctx.sites)
     with ctx.editor.after([node, selection.mask]):
         token_map = _map(ctx, step, place, selection, at)
@@ -57,7 +57,7 @@ def drop(ctx: Context, step: Drop) -> None:
     ctx.refresh()
 
 
-def _check_positions(ctx: Context, place: Place) -> None:
+def check_positions(ctx: Context, place: Place) -> None:
     """Only rotary positions can be renumbered: learned ones are already part of what a token carries.
 
     A vision sequence has no positions to renumber; dropping its features renumbers the text they are spliced into.

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product
 from tokcompile.errors import EditError, RuleError
-from tokcompile.passes.context import Context, Scores
+from tokcompile.passes.context import Context, Scores, class_tokens
 from tokcompile.program import place as node_place
 from tokcompile.sites import Attention, Place, resolve_address
 from tokcompile.sites.features import sequence, text_rows
@@ -34,6 +34,7 @@ def score(ctx: Context, step: Score) -> None:
     if not step.largest:
         with ctx.editor.after([made.node]):
             made = replace(made, node=ctx.editor.call(aten.neg.default, made.node))
+    made.node.meta["scores"] = step.name
     ctx.values[step.name] = made
     ctx.log.append({"verb": "score", "name": step.name, "by": step.by, "at": place.address})
 
@@ -116,6 +117,12 @@ def _row_index(ctx: Context, site: Attention, place: Place, step: Score, rows: t
     """int64 [B]: the row of the CLS token (the first), or of each sequence's last real token."""
     query = site.query
     device = query.meta["val"].device
+    if step.queries == "cls" and place.owner.startswith("vision") and not class_tokens(ctx.program, ctx.sites):
+        raise EditError(
+            "this vision tower has no class token whose attention could be counted",
+            where=[node_place(site.node)],
+            remedy="use `queries: all`",
+        )
     valid = ctx.valid_mask(rows) if step.queries == "last" else None
     if valid is not None:
         return ctx.editor.call(tokred.last_valid.default, valid)

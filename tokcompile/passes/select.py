@@ -102,7 +102,7 @@ def _group(ctx: Context, step: Select, scores: Scores) -> tuple[Node, Dim, Node 
     if step.among == "all":
         return node, axis, None, total
     image = ctx.image_mask(axis)
-    size = _images(ctx, axis, total, step)
+    size = image_tokens(ctx, axis, total, step.per)
     if step.among == "image":
         return node, axis, image, size
     text = ctx.editor.call(aten.logical_not.default, image)
@@ -137,8 +137,12 @@ def _count(axis: Dim) -> int:
     return size
 
 
-def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
-    """Image tokens per row on a text axis: what the splice put there, less what was dropped since."""
+def image_tokens(ctx: Context, axis: Dim, total: Length, per: str) -> Length:
+    """Image tokens per row on a text axis: what the splice put there, less what was dropped since.
+
+    Raises:
+        EditError: rows cannot have as many each, or are to hold one image (`per` is `image`), and that is not known.
+    """
     splice = ctx.sites.splice
     projector = ctx.sites.projector
     # Features that were handed out row by row are joined to a length that only the model knows.
@@ -148,7 +152,7 @@ def _images(ctx: Context, axis: Dim, total: Length, step: Select) -> Length:
     rows = count(splice.node, 0)
     if spliced % rows:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
-    if step.per == "image":
+    if per == "image":
         _check_one_image(projector, splice)
     before = ctx.editor.size(splice.node, 1)
     marks = ctx.marks(axis)
@@ -216,12 +220,28 @@ def _topk(ctx: Context, step: Select) -> Selection:
     count = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
     if isinstance(count, int) and count == 0:  # the scores are then read by nobody, and are not computed
         mask = ctx.editor.call(aten.zeros_like.default, node, dtype=torch.bool)
+    elif int(step.windows) > 1:
+        return _by_window(ctx, step, node, axis, size, count)
     elif step.by == "topk":
         mask = ctx.editor.call(tokred.topk_mask.default, node, group, count)
     else:
         first = [_on(ctx, ctx.values[name], axis) for name in step.first]
         mask = ctx.editor.call(tokred.fill_mask.default, first, node, group, count)
     return Selection(mask, axis, group, size, count, step.among)
+
+
+def _by_window(ctx: Context, step: Select, scores: Node, axis: Dim, size: Length, budget: Length) -> Selection:
+    """The best of each window of the patch grid; what does not divide among the windows is lost."""
+    grid, side = patch_grid(ctx.program, axis), int(step.windows)
+    if grid is None or any(length % side for length in grid):
+        raise EditError(
+            f"{side} x {side} windows of one size need a patch grid that they divide",
+            found="a sequence without one" if grid is None else f"a grid of {grid[0]} x {grid[1]}",
+            remedy="choose another number of windows, on the vision side, before tokens are dropped",
+        )
+    count = ctx.editor.arithmetic(lambda n: n // (side * side), budget)
+    mask = ctx.editor.call(tokred.window_topk_mask.default, scores, *grid, side, side, count)
+    return Selection(mask, axis, None, size, ctx.editor.arithmetic(lambda n: n * side * side, count))
 
 
 def _on(ctx: Context, selection: Selection, axis: Dim) -> Node:

@@ -13,7 +13,7 @@ from tokcompile.sites.attention import Attention
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
@@ -27,9 +27,10 @@ EDITS = {
     torch.ops.tokred.gather_tokens.default,
     torch.ops.tokred.merge_pairs.default,
     torch.ops.tokred.mark_tokens.default,
+    torch.ops.tokred.mix_tokens.default,
 }
 """Operators that edits put on the stream; the first argument is the stream as it was."""
-_PASSED = _VIEWS | EDITS
+_PASSED = VIEWS | EDITS
 
 
 @dataclass(eq=False)
@@ -179,14 +180,14 @@ def _normed(merge: Node) -> Node:
 
 
 def _readers(value: Node) -> list[Node]:
-    return [u for u in value.users if u.target not in _VIEWS]
+    return [u for u in value.users if u.target not in VIEWS]
 
 
 def _views(value: Node) -> list[Node]:
     """A value and its views."""
     found = [value]
     for node in found:
-        found += [u for u in node.users if u.target in _VIEWS and u not in found]
+        found += [u for u in node.users if u.target in VIEWS and u not in found]
     return found
 
 

@@ -28,6 +28,9 @@ class Step(Model):
     makes: ClassVar[bool] = True
     """Whether the step does nothing but make something that later steps use by name."""
 
+    budgeted: ClassVar[str] = ""
+    """The field that holds a budget, if the step has one."""
+
     _line: int = PrivateAttr(default=0)
 
     @property

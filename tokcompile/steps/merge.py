@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from tokcompile.fields import AddressText, CountList, Number, Truth, one_of, wrong
+from tokcompile.budget import ROUNDINGS
+from tokcompile.fields import (
+    AddressText,
+    BudgetText,
+    CountList,
+    IntOrExpression,
+    Name,
+    Number,
+    Truth,
+    one_of,
+    wrong,
+)
 from tokcompile.steps.base import Step, known_by, needs, refuses, single_part
 
 
@@ -12,14 +23,19 @@ class Merge(Step):
     """Makes fewer tokens of those of a sequence: each new one is a combination of old ones."""
 
     verb = "merge"
+    refers = {"keep": "select", "like": "tap"}
     makes = False
+    budgeted = "tokens"
 
     by: str
-    """pairs, or the name of a plug-in"""
+    """pairs, pool, nearest, kmeans, transport, density_peaks, super_tokens, or the name of a plug-in"""
     at: AddressText
     """address from which the new tokens stand in place of the old ones; vision.*.middle means every block"""
+    name: Name | None = None
+    """name under which later steps find the members of merged tokens (density_peaks)"""
     count: CountList | None = None
-    """pairs that are merged in each block: a number, or a list with one for each block (pairs)"""
+    """pairs that are merged in each block, a number or a list with one for each block (pairs); tokens that others are
+    merged to (nearest); clusters (kmeans)"""
     inflect: Number = 0
     """how the count changes with depth: -1 from twice as many to none, 0 alike, 1 from none to twice as many (pairs)"""
     metric: one_of("k", "q", "v", "input") = "k"
@@ -28,6 +44,49 @@ class Merge(Step):
     """whether later attention counts a merged token as many: the log of its size is added to its scores (pairs)"""
     protect: one_of("leading", "none") = "leading"
     """leading: class and register tokens are not merged (pairs)"""
+    rows: IntOrExpression | None = None
+    """rows of the grid that is left, at most those that there are (pool)"""
+    columns: IntOrExpression | None = None
+    """columns of that grid, as many as rows by default (pool)"""
+    keep: Name | None = None
+    """selection of tokens that stay: in front of the merged ones (nearest), or with all others poured into them
+    (transport)"""
+    like: Name | None = None
+    """tap of what tokens are compared by, keys as their mean over heads (nearest)"""
+    content: one_of("average", "sum") = "average"
+    """average: mean of a token and those merged to it; sum: that token plus the mean of the others (nearest)"""
+    lead: Truth = False
+    """whether class tokens that the model leaves out of its features come first (nearest)"""
+    seed: IntOrExpression = 0
+    """seed of the tokens that clusters begin with (kmeans)"""
+    tokens: BudgetText | None = None
+    """how many tokens are made of each image: a count, a ratio, or an expression that gives a count (density_peaks)"""
+    round: one_of(*ROUNDINGS) = "floor"
+    """how a share that is no whole number is rounded: floor, half_even, half_up or ceil (density_peaks)"""
+    order: one_of("score", "raster") = "score"
+    """order of clusters: score, the best centre first; raster, as their centres stand (density_peaks)"""
+    neighbours: IntOrExpression = 5
+    """tokens, itself included, that the density of a token is counted from (density_peaks)"""
+    slots: IntOrExpression = 1
+    """members that are listed of each cluster, the nearest to its centre first (density_peaks)"""
+    distance: Number = 0.5
+    """weight of the distance on the patch grid, beside 1 - cosine, in the cost of transport (transport)"""
+    temperature: Number = 0.1
+    """the smaller, the nearer transport comes to the cheapest assignment (transport)"""
+    hard: Number = 0
+    """share of the mean with the tokens that are most alike, beside what transport brings (transport)"""
+    normalise: Truth = True
+    """whether tokens are scaled to length one before the mean of a cluster is taken (kmeans)"""
+    marginals: one_of("plan", "row") = "plan"
+    """plan: each token that stays gets 1/n in all; row: all of each other token arrives (transport)"""
+    iterations: IntOrExpression = 1
+    """steps of k-means (kmeans), of Sinkhorn's iteration (transport), or of the assignment (super_tokens)"""
+    cell: CountList = 2
+    """patches of a super token's cell: the side of a square, or height and width (super_tokens)"""
+    blocks: IntOrExpression | None = None
+    """how many blocks, from the first on, of those that the address names; all by default (super_tokens)"""
+    mask_ghosts: Truth = False
+    """whether cells off the grid take no share of the patches at its edge (super_tokens)"""
     positions: one_of("keep", "compact") = "keep"
     """positions of the new tokens: keep those of the tokens that they stand for, or compact them to 0, 1, 2…"""
     restore: Truth = False
@@ -36,14 +95,56 @@ class Merge(Step):
     @model_validator(mode="after")
     def _check(self) -> Merge:
         known_by(self, self.by)
-        pairs = ("pairs",)
-        refuses(self, dict.fromkeys(("count", "inflect", "metric", "proportional", "protect"), pairs), self.by)
-        needs(self, {"pairs": ("count",)}.get(self.by, ()), self.by)
-        if self.by == "pairs":
-            if self.address.part not in ("middle", "input", "output"):
-                raise wrong(
-                    f"'{self.at}' is not a place for by: pairs", "vision.*.middle, or one block: vision.3.middle"
-                )
-        else:
+        refuses(self, _users(), self.by)
+        needs(self, _NEEDED.get(self.by, ()), self.by)
+        if self.by == "pairs" and self.address.part not in ("middle", "input", "output"):
+            raise wrong(f"'{self.at}' is not a place for by: pairs", "vision.*.middle, or one block: vision.3.middle")
+        if self.by == "super_tokens":
+            self._check_attention()
+        elif self.by != "pairs":
             single_part(self, ("input", "output", "middle"), f"by: {self.by}")
+            for field in ("count", "rows", "columns", "iterations", "neighbours", "slots"):
+                self._check_number(field)
         return self
+
+    def _check_attention(self) -> None:
+        if self.address.part != "attention":
+            raise wrong(
+                f"'{self.at}' is not a place for by: super_tokens",
+                "vision.*.attention, or one block: vision.0.attention",
+            )
+        sides = self.cell if isinstance(self.cell, tuple) else (self.cell, self.cell)
+        if len(sides) != 2 or any(isinstance(side, int) and side < 1 for side in sides):
+            raise wrong(f"'cell: {self.cell}' is no cell of patches", "cell: 2, or height and width: cell: [2, 4]")
+        self._check_number("iterations")
+
+    def _check_number(self, field: str) -> None:
+        """Refuse a number below 1, and a list of numbers; pairs alone know what to do with these."""
+        value = getattr(self, field)
+        if isinstance(value, tuple) or (isinstance(value, int) and value < 1):
+            raise wrong(f"'{field}: {value}' of by: {self.by} is not a number from 1 on", "a whole number, at least 1")
+
+
+_FIELDS = {
+    "pairs": ("count", "inflect", "metric", "proportional", "protect", "positions", "restore"),
+    "pool": ("rows", "columns", "positions"),
+    "nearest": ("keep", "like", "count", "content", "lead", "positions"),
+    "kmeans": ("count", "iterations", "seed", "normalise", "positions"),
+    "transport": ("keep", "distance", "temperature", "iterations", "hard", "marginals", "positions"),
+    "density_peaks": ("name", "tokens", "round", "order", "neighbours", "slots", "positions", "restore"),
+    "super_tokens": ("cell", "iterations", "mask_ghosts", "blocks"),
+}
+"""The fields that each way to merge uses beside `by` and `at`."""
+_NEEDED = {
+    "pairs": ("count",),
+    "pool": ("rows",),
+    "nearest": ("keep", "like", "count"),
+    "kmeans": ("count",),
+    "transport": ("keep",),
+    "density_peaks": ("tokens",),
+}
+
+
+def _users() -> dict[str, tuple[str, ...]]:
+    fields = {field for each in _FIELDS.values() for field in each}
+    return {field: tuple(by for by, used in _FIELDS.items() if field in used) for field in fields}

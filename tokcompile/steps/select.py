@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from tokcompile.budget import ROUNDINGS
-from tokcompile.fields import BudgetText, Name, Offsets, Truth, one_of
+from tokcompile.fields import BudgetText, IntOrExpression, Name, Offsets, Truth, one_of
 from tokcompile.steps.base import Step, known_by, needs, refuses
 
 
@@ -13,6 +13,7 @@ class Select(Step):
     """Chooses tokens."""
 
     verb = "select"
+    budgeted = "keep"
     refers = {"scores": "score", "of": "select", "first": "select"}
 
     name: Name
@@ -39,6 +40,9 @@ class Select(Step):
     """selections that come first, in order of priority; scores fill the rest of the budget"""
     per: one_of("image", "row") = "image"
     """the group that a budget counts in: each image (each row, for text and all), or each batch row"""
+    windows: IntOrExpression = 1
+    """windows of the patch grid above and beside each other that each get an equal part of the budget; what is left
+    over when it is shared out is lost (topk)"""
     protect: tuple[one_of("first", "last"), ...] = ()
     """real tokens of each row that are chosen"""
 
@@ -47,7 +51,13 @@ class Select(Step):
         known_by(self, self.by)
         counted, stencil = ("topk", "fill"), ("neighbours",)
         users = {"scores": counted, "keep": counted, "round": counted, "allow_zero": counted, "of": stencil}
-        users |= {"offsets": stencil, "edges": stencil, "first": ("fill",), "protect": ("protect",)}
+        users |= {
+            "offsets": stencil,
+            "edges": stencil,
+            "first": ("fill",),
+            "protect": ("protect",),
+            "windows": ("topk",),
+        }
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
         needs(self, {**required, "protect": ("protect",)}.get(self.by, ()), self.by)
