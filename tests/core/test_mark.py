@@ -213,6 +213,7 @@ def test_generate_after_marks_at_a_layer(batch: int, rule: str) -> None:
     assert difference(_generated(model, inputs)[0], expected) <= 1e-4
 
 
+@pytest.mark.slow
 def test_generate_on_inductor(rule: str) -> None:
     model = fleet.build("llava")
     inputs = fleet.example(model, 3, PADS)

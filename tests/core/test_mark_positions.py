@@ -16,7 +16,10 @@ from tokcompile.models import catalogue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 3
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+USUAL = "qwen3_vl"  # deep features, too
+SOME = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == USUAL else pytest.mark.slow) for n in ("qwen2_vl", "qwen2_5_vl", USUAL)]
+)
 
 
 def _given_to_the_text(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def _gone(recording: Recording, inputs: dict[str, Tensor], token: int) -> list[s
     return out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@SOME
 def test_three_rows_of_positions(name: str) -> None:
     family = catalogue.family(name)
     model = family.build()
@@ -102,7 +105,7 @@ def test_three_rows_of_positions(name: str) -> None:
         assert difference(got[-len(row) :], row) <= 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@SOME
 def test_generate_with_four_rows_of_positions(name: str) -> None:
     """The first row counts the tokens of the text, the others say where an image's stand: a new token follows both."""
     family = catalogue.family(name)
