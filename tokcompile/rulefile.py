@@ -239,9 +239,10 @@ def _model_at(location: tuple[str | int, ...]) -> tuple[type[Model], str]:
 
 def _explain(error: ValidationError, lines: yamlfile.Lines, path: str) -> RuleError:
     """Turn the first failed check, in the order of the file, into an error for the user."""
-    # A misspelt key is also a missing one; the spelling is what the user wants to hear about.
+    # A misspelt key is also a missing one, and a list of wrong steps an empty one: what is wrong comes first.
+    follows = ("missing", "too_short")
     details = min(
-        error.errors(include_url=False), key=lambda each: (each["type"] == "missing", lines.nearest(each["loc"]))
+        error.errors(include_url=False), key=lambda each: (each["type"] in follows, lines.nearest(each["loc"]))
     )
     return _explain_one(details, f"{path}:{lines.nearest(details['loc'])}")
 

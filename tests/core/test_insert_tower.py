@@ -180,6 +180,18 @@ def test_a_descriptor_equals_the_run_by_hand(name: str, block: int) -> None:
     assert difference(got.norm(dim=-1), torch.ones(len(rows))) <= 1e-6
 
 
+def test_old_tokens_end_with_the_last_attention_where_the_descriptor_is_all() -> None:
+    """The feed-forward of the last block is of the inserted tokens alone; of a model that returns more, of all."""
+    rows = {}
+    for name in ("vit", "clip"):
+        model = fleet.shared(name)
+        program = capture(model, fleet.example(model, 2))[0]
+        apply_rules(program, parse_rules({"rule": "image", "block": 1, "tokens": 4}))
+        wide = [n for n in program.graph.nodes if n.target is aten.linear.default and n.meta["val"].shape[-1] == 64]
+        rows[name] = [n.meta["val"].shape[1] for n in wide]
+    assert rows == {"vit": [17, 21, 4], "clip": [17, 21, 21]}
+
+
 def test_tokens_in_another_order_are_parts_of_the_descriptor_in_that_order() -> None:
     it, tokens = subject("dinov2_with_registers"), drawn(4, 64)
     order = [2, 0, 3, 1]

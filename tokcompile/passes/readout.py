@@ -10,6 +10,8 @@ from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.slots import Slots
 from tokcompile.steps import Insert
+from tokcompile.tokenmap import TokenMap
+from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -23,6 +25,8 @@ def read_out(ctx: Context, step: Insert, owner: str, axis: Dim, slots: Slots) ->
 
     It becomes [B, M, C], or [B, M * C] with `flatten`; with `normalise: l2` each vector is divided by its length.
 
+    Where nothing else is returned, old tokens end with the last attention.
+
     Raises:
         EditError: the stack's last value does not hold the tokens, or the model returns no floating-point value.
     """
@@ -34,20 +38,54 @@ def read_out(ctx: Context, step: Insert, owner: str, axis: Dim, slots: Slots) ->
             found=f"the {owner} ends with {tuple(stream.meta['val'].shape)}",
             remedy="insert into the stack whose last tokens the model returns, a fixed number of tokens",
         )
-    output, call = ctx.program.output, ctx.editor.call
+    output = ctx.program.output
     replaced = next((v for v in output.args[0] if _floating(v)), None)
     if replaced is None:
         raise EditError("the model returns no value that the inserted tokens could stand for", where=[step.at])
+    spots = [i for i, each in enumerate(output.args[0]) if each is replaced]
+    _return(ctx, spots, stream)
+    if not _shortened(ctx, owner, slots, axis):
+        with ctx.editor.before(output):
+            places = ctx.editor.call(tokred.kept_indices.default, slots.fresh, slots.count)
+            stream = ctx.editor.call(tokred.gather_tokens.default, stream, places, 1, 0)
     with ctx.editor.before(output):
-        places = call(tokred.kept_indices.default, slots.fresh, slots.count)
-        value = call(tokred.gather_tokens.default, stream, places, 1, 0)
+        value = stream
         if step.flatten is True:
-            value = call(aten.flatten.using_ints, value, 1, 2)
+            value = ctx.editor.call(aten.flatten.using_ints, value, 1, 2)
         if step.normalise == "l2":
             value = _unit(ctx, value)
-    output.args = (type(output.args[0])(value if each is replaced else each for each in output.args[0]),)
+    _return(ctx, spots, value)
     ctx.log.append({"verb": "insert", "readout": str(tuple(value.meta["val"].shape)), "name": step.name})
     ctx.refresh()
+
+
+def _return(ctx: Context, spots: list[int], value: Node) -> None:
+    """Let the graph return a value at some places of its outputs."""
+    own = ctx.program.output.args[0]
+    ctx.program.output.args = (type(own)(value if i in spots else each for i, each in enumerate(own)),)
+
+
+def _shortened(ctx: Context, owner: str, slots: Slots, axis: Dim) -> bool:
+    """Go on with the inserted tokens alone after the last attention, where nothing else is returned of what follows.
+
+    Old tokens are still its keys and values; the feed-forward and the norms are of no more tokens than are read out.
+    """
+    if ctx.values:  # which later steps may use
+        return False
+    ctx.program.graph.eliminate_dead_code()
+    ctx.refresh()
+    middle, reach = ctx.sites.stacks[owner].blocks[-1].middle, ctx.sites.reach
+    dims = ctx.program.axes.of(middle)
+    held = [v for v in ctx.program.output.all_input_nodes if reach.above(middle, v)]
+    if len(held) != 1 or len(dims) != 3 or dims[1] != resolve(axis):
+        return False
+    with ctx.editor.after([middle, slots.fresh]):
+        source = ctx.editor.call(tokred.kept_indices.default, slots.fresh, slots.count)
+    old = ctx.editor.size(middle, 1)
+    token_map = TokenMap(dims[1], dims[0], source, slots.fresh, old, slots.count)
+    Transport(ctx.editor, ctx.sites).apply(middle, token_map)
+    ctx.refresh()
+    return True
 
 
 def _normed(stream: Node) -> Node:
