@@ -27,22 +27,12 @@ def _options(model: nn.Module, keep: Any) -> dict[str, Any]:
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
-    """The class token stands first; the queries, which come next, are no features."""
+    """The class token stands first, and LLaVA leaves it out; the queries, which come next, are no features."""
     tower = model.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers
-    used = len(layers) + model.config.vision_feature_layer  # the states before the blocks count too
     queries = _queries(model, keep)
-
-    def without(module: nn.Module, args: Any, out: Any) -> Tensor:
-        value = out[0] if isinstance(out, tuple) else out
-        return naive._take(value, [[0, *range(1 + len(queries), value.shape[1])]] * len(value))
-
-    hook = layers[used].register_forward_hook(without)
-    try:
-        with longer.put_before(layers[BLOCK], queries, 1):
-            ran = naive.run(model, inputs)
-    finally:
-        hook.remove()
+    with longer.put_before(layers[BLOCK], queries, 1), longer.features_without_the_first(model, len(queries)):
+        ran = naive.run(model, inputs)
     return naive.Ran(ran.logits, [], ran.lengths)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import Dim, resolve
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.slots import Slots
@@ -20,7 +19,7 @@ _SMALLEST = 1e-12
 """Shorter vectors are divided by this, as torch.nn.functional.normalize does."""
 
 
-def read_out(ctx: Context, step: Insert, owner: str, axis: Dim, slots: Slots) -> None:
+def read_out(ctx: Context, step: Insert, owner: str, content: Node, slots: Slots) -> None:
     """Replace the first floating-point output by the inserted tokens after the stack's last norm.
 
     It becomes [B, M, C], or [B, M * C] with `flatten`; with `normalise: l2` each vector is divided by its length.
@@ -31,7 +30,7 @@ def read_out(ctx: Context, step: Insert, owner: str, axis: Dim, slots: Slots) ->
         EditError: the stack's last value does not hold the tokens, or the model returns no floating-point value.
     """
     stream = _normed(ctx.sites.stacks[owner].blocks[-1].output)
-    if ctx.program.axes.of(stream)[1:2] != [resolve(axis)] or not isinstance(slots.count, int):
+    if ctx.program.axes.of(stream)[1:2] != ctx.program.axes.of(content)[1:2] or not isinstance(slots.count, int):
         raise EditError(
             "the inserted tokens cannot be read out",
             where=[step.at],
@@ -44,7 +43,7 @@ def read_out(ctx: Context, step: Insert, owner: str, axis: Dim, slots: Slots) ->
         raise EditError("the model returns no value that the inserted tokens could stand for", where=[step.at])
     spots = [i for i, each in enumerate(output.args[0]) if each is replaced]
     _return(ctx, spots, stream)
-    if not _shortened(ctx, owner, slots, axis):
+    if not _shortened(ctx, owner, slots, content):
         with ctx.editor.before(output):
             places = ctx.editor.call(tokred.kept_indices.default, slots.fresh, slots.count)
             stream = ctx.editor.call(tokred.gather_tokens.default, stream, places, 1, 0)
@@ -65,7 +64,7 @@ def _return(ctx: Context, spots: list[int], value: Node) -> None:
     ctx.program.output.args = (type(own)(value if i in spots else each for i, each in enumerate(own)),)
 
 
-def _shortened(ctx: Context, owner: str, slots: Slots, axis: Dim) -> bool:
+def _shortened(ctx: Context, owner: str, slots: Slots, content: Node) -> bool:
     """Go on with the inserted tokens alone after the last attention, where nothing else is returned of what follows.
 
     Old tokens are still its keys and values; the feed-forward and the norms are of no more tokens than are read out.
@@ -77,7 +76,7 @@ def _shortened(ctx: Context, owner: str, slots: Slots, axis: Dim) -> bool:
     middle, reach = ctx.sites.stacks[owner].blocks[-1].middle, ctx.sites.reach
     dims = ctx.program.axes.of(middle)
     held = [v for v in ctx.program.output.all_input_nodes if reach.above(middle, v)]
-    if len(held) != 1 or len(dims) != 3 or dims[1] != resolve(axis):
+    if len(held) != 1 or len(dims) != 3 or dims[1:2] != ctx.program.axes.of(content)[1:2]:
         return False
     with ctx.editor.after([middle, slots.fresh]):
         source = ctx.editor.call(tokred.kept_indices.default, slots.fresh, slots.count)
