@@ -12,6 +12,7 @@ from typing import Any
 import families
 import fleet
 import longer
+import naive
 import pytest
 import torch
 import unloaded
@@ -342,6 +343,17 @@ def test_tokens_that_are_taken_out_before_the_text_change_the_features(name: str
     with torch.no_grad(), longer.put_before(layers[1], tokens, 0), longer.features_without_the_first(model, 2):
         expected = model(**inputs).logits
     assert difference(got, expected) <= 1e-5
+
+
+def test_holistic_queries_are_no_features_of_a_llava() -> None:
+    """Its projector leaves the class token out; the queries that follow it are left out too."""
+    model = fleet.shared("llava")
+    inputs, tokens = fleet.example(model, 3, (2, 0, 1)), drawn(4, 32)
+    got = prune(model, rule="hita", block=1, queries=4, weights=held("hita", "queries", tokens))(**inputs).logits
+    layers = naive._layers(model)
+    with torch.no_grad(), longer.put_before(layers[1], tokens, 1), longer.features_without_the_first(model, 4):
+        expected = model(**inputs).logits
+    assert difference(got, expected) == 0
 
 
 # The start of aggregation tokens.
