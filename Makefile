@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed lint format train schema results clean
+.PHONY: setup demo test test-slow coverage scale speed lint format train schema results sweep clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,13 @@ schema: setup
 # Writes docs/results.md from the report of the last `make demo`.
 results: setup
 	$(BIN)/python -m tokcompile.demo_results build/demo/report.json > docs/results.md
+
+# Measures every rule of the library at six budgets on the model of the demo, goes on where an earlier run stopped, and
+# writes docs/sweep.md and docs/sweep.svg. After a change of the package's code: make sweep SWEEP_ARGS=--fresh
+SWEEP_ARGS ?=
+sweep: setup
+	$(BIN)/tokred sweep --out build/sweep $(SWEEP_ARGS)
+	cp build/sweep/sweep.md build/sweep/sweep.svg docs/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

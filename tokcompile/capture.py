@@ -94,8 +94,16 @@ def _name_inputs(program: Program, placeholders: Sequence[Node]) -> None:
         node.meta.setdefault("val", fake)
         program.kinds[node] = _kind(old, fake)
         node.meta["trained"] = isinstance(fake, torch.nn.Parameter)
+        node.meta["source"] = _source(old)
         node._rename(old.name)
         node.target = node.name
+
+
+def _source(old: Node) -> str:
+    """The expression by which Dynamo finds an input: `L['self']._modules['norm']._parameters['weight']`."""
+    source = getattr(old.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
 
 
 def _kind(old: Node, fake: Any) -> str:

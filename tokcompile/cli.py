@@ -207,6 +207,38 @@ def explain(
             typer.echo(f"wrote {html}")
 
 
+@app.command()
+@shows_errors
+def lint(
+    model: Model,
+    rule: Annotated[str | None, typer.Argument(metavar="[RULE]", help="A rule to look at, by name or path.")] = None,
+    options: Options = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N", help="Largest position: N, or STACK=N, or STACK.COORDINATE=N; may be repeated."),
+    ] = None,
+    eps: Annotated[float, typer.Option(help="Coherence that the slowest frequency keeps, between 0 and 1.")] = 0.95,
+    exact_d: Annotated[bool, typer.Option("--exact-d", help="Bounds with the rotary dimension.")] = False,
+    tables: Annotated[bool, typer.Option(help="Build the tables of all positions.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Advise on rotary bases for a length, and on work that a rule does for nothing. Never fails on what it finds."""
+    from tokcompile.rulefile import load_rule
+
+    rules = [load_rule(rule).bind(**key_values(options or []))] if rule is not None else []
+    with waiting(f"capturing {model}"):
+        from tokcompile import lint as run
+        from tokcompile import lintpages, modelsource
+
+        lengths = run.Lengths.parse(context or [])
+        source = modelsource.load_source(model)
+        found = run.lint(source, lengths, rules=rules, eps=eps, exact_d=exact_d, tables=tables)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(lintpages.render(found, is_plain()))
+
+
 def key_values(words: list[str]) -> dict[str, Any]:
     """Read `key=value` words; values as YAML has them, so that 64, 0.5 and 1/3 mean what they mean in a rule file."""
     found: dict[str, Any] = {}
@@ -242,6 +274,41 @@ def demo(
     else:
         print_page(demo_page.render(result.report, is_plain()))
         typer.echo(f"wrote {out / 'report.html'} and {out / 'report.json'}")
+
+
+@app.command()
+@shows_errors
+def sweep(
+    rules: Annotated[
+        list[str] | None, typer.Option(help="Rules, by name or path, with commas between; all that have `keep`.")
+    ] = None,
+    keeps: Annotated[list[str] | None, typer.Option(help="Budgets, with commas between.")] = None,
+    images: Annotated[int, typer.Option(help="Test images.", min=1)] = 1000,
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
+    target: Annotated[str, typer.Option(help="eager, aot_eager or inductor.")] = "eager",
+    out: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.md and sweep.svg.")] = Path("build/sweep"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the cells that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure rules by budgets on a small trained model: accuracy and tokens. Goes on where it was interrupted."""
+    from tokcompile import sweep as run
+    from tokcompile import sweep_page
+
+    sweep_page.needs_matplotlib()
+    words = {"rules": _commas(rules), "keeps": _commas(keeps) or run.KEEPS}
+    settings = run.Settings(**words, images=images, batch=batch, target=target)
+    with progress() as bar:
+        found = run.run(settings, run.Store(out / sweep_page.CELLS, fresh), bar)
+    written = sweep_page.write(found, out)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(sweep_page.render(found, is_plain()))
+        typer.echo(f"wrote {out / sweep_page.CELLS}, {' and '.join(map(str, written))}")
+
+
+def _commas(words: list[str] | None) -> tuple[str, ...]:
+    return tuple(part.strip() for word in words or () for part in word.split(",") if part.strip())
 
 
 def main() -> None:

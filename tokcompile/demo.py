@@ -103,7 +103,7 @@ def run(
         plain = {"eager": last_logits(model), "inductor": bench.plain()}
         plain["inductor"](timed)
         say(f"answering {len(questions)} questions unpruned")
-        answers = _answers(plain["eager"], questions, settings.batch)
+        answers = answers_of(plain["eager"], questions, settings.batch)
         done = [
             _case(bench, rule, keep, settings, questions, say) for rule in settings.rules for keep in settings.keeps
         ]
@@ -113,7 +113,7 @@ def run(
         say("comparing with generate")
         _generate(model, done, settings, questions)
     report = _report(settings, questions, done, answers, latency)
-    return Result(report, done, questions, answers, _image_token(model))
+    return Result(report, done, questions, answers, image_token_of(model))
 
 
 def _case(
@@ -136,7 +136,7 @@ def _case(
     logits = case.calls["eager"](timed)
     case.diff_eager = _max_diff(logits, bench.ideal(program, "eager", recording)(timed))
     say(f"{rule} {keep}: answering {len(questions)} questions")
-    case.answers = _answers(case.calls["tokred"], questions, settings.batch)
+    case.answers = answers_of(case.calls["tokred"], questions, settings.batch)
     return case
 
 
@@ -144,7 +144,7 @@ def _max_diff(left: Tensor, right: Tensor) -> float:
     return (left - right).abs().max().item()
 
 
-def _answers(call: Call, questions: Questions, batch: int) -> Tensor:
+def answers_of(call: Call, questions: Questions, batch: int) -> Tensor:
     """int64 [n]: the most likely token after each question, as greedy generation picks it."""
     parts = [call(questions.rows(start, batch)).argmax(-1) for start in range(0, len(questions), batch)]
     return torch.cat(parts)[: len(questions)]
@@ -166,7 +166,8 @@ def _generate(model: torch.nn.Module, cases: list[Case], settings: Settings, que
         case.generated = f"{agree} of {count}"
 
 
-def _image_token(model: torch.nn.Module) -> int:
+def image_token_of(model: torch.nn.Module) -> int:
+    """The token of a prompt that stands for a part of an image."""
     config = model.config
     return getattr(config, "image_token_index", None) or config.image_token_id
 

@@ -62,6 +62,10 @@ class Bench:
         """The unpruned graph as the target compiles it, straight from Dynamo."""
         return self._variant(self._lower(self._captured[0][0], self.target))
 
+    def rewritten(self, program: Program) -> Call:
+        """A rewritten program as the target compiles it; it is not changed."""
+        return self._variant(self._lower(program.copy().gm, self.target))
+
     def recorded(self, program: Program, target: str, recording: Recording) -> Call:
         """A rewritten program, compiled; each call records its selections."""
         program = program.copy()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokcompile.models import digits
 
-_SEED = 7_000_000
+SEED = 7_000_000
+"""The questions that are asked unless others are wanted."""
 _PIECE = 64
 
 
@@ -42,9 +43,9 @@ class Questions:
         return self.words[token] if token < len(self.words) else str(token)
 
 
-def digit_questions(count: int) -> Questions:
-    """Canvases of the test split, made of scans that training never saw; the same for the same count."""
-    parts = [digits.canvases("test", min(_PIECE, count - start), _SEED + start) for start in range(0, count, _PIECE)]
+def digit_questions(count: int, seed: int = SEED) -> Questions:
+    """Canvases of the test split, made of scans that training never saw; the same for the same count and seed."""
+    parts = [digits.canvases("test", min(_PIECE, count - start), seed + start) for start in range(0, count, _PIECE)]
     return Questions(
         torch.cat([part.input_ids for part in parts]),
         torch.cat([part.pixel_values for part in parts]),

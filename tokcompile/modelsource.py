@@ -12,6 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from tokcompile.binding import RuleInstance
+from tokcompile.buffers import fixed_length
 from tokcompile.capture import capture
 from tokcompile.errors import CaptureError, RuleError, TokredError, known
 from tokcompile.program import Program
@@ -197,6 +198,20 @@ def capture_source(source: Source) -> tuple[Source, list[Program]]:
         TokredError: it cannot be captured.
     """
     return _tried(source, lambda s: (s, capture(s.model, s.inputs)))
+
+
+def capture_at(source: Source, length: int) -> tuple[Source, list[Program], dict[str, torch.Tensor]]:
+    """Capture a source as `capture_source` does, with the rotary frequencies that it has for one length.
+
+    Returns:
+        What was captured, its programs, and buffers by path that are computed anew for that length.
+    """
+
+    def use(tried: Source) -> tuple[Source, list[Program], dict[str, torch.Tensor]]:
+        with fixed_length(tried.model, length) as fixed:
+            return tried, capture(tried.model, tried.inputs), fixed
+
+    return _tried(source, use)
 
 
 def explain_source(source: Source, rules: Sequence[RuleInstance]) -> Explanation:

@@ -239,7 +239,8 @@ def _model_at(location: tuple[str | int, ...]) -> tuple[type[Model], str]:
 
 def _explain(error: ValidationError, lines: yamlfile.Lines, path: str) -> RuleError:
     """Turn the first failed check, in the order of the file, into an error for the user."""
-    # A misspelt key is also a missing one, and a list of wrong steps an empty one: what is wrong comes first.
+    # A misspelt key is also a missing one, and a rule's only step, if it is wrong, also no step; what is wrong is what
+    # the user wants to hear about.
     follows = ("missing", "too_short")
     details = min(
         error.errors(include_url=False), key=lambda each: (each["type"] in follows, lines.nearest(each["loc"]))

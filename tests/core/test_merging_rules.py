@@ -10,11 +10,13 @@ import merging_naive
 import naive
 import pytest
 import torch
+from core.test_export import exported
 from harness import difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
 from tokcompile.models import families
+from tokcompile.rulefile import LIBRARY
 
 STEPS = 4
 PADS = {1: (), 3: (2, 0, 1)}
@@ -179,9 +181,14 @@ def test_a_class_token_that_is_not_there_looks_at_nothing() -> None:
     assert "queries: all" in error.remedy
 
 
-def test_a_class_token_among_the_features_is_not_merged_with_them() -> None:
-    model = fleet.shared("llava-last")
-    error = _refused(model, "class tokens are among the features", rule="visionzip", dominant=4, contextual=2)
+def test_a_class_token_among_the_features_is_not_merged_with_them(tmp_path: Path) -> None:
+    """The rule itself is refused before that: where features have no grid, a budget of one image means nothing."""
+    options = {"dominant": 4, "contextual": 2}
+    _refused(fleet.shared("llava-last"), "a budget per image needs", rule="visionzip", **options)
+    path = tmp_path / "rows.yaml"
+    path.write_text((LIBRARY / "visionzip.yaml").read_text().replace("per: image", "per: row"))
+    torch._dynamo.reset()
+    error = _refused(fleet.shared("llava-last"), "class tokens are among the features", rule=str(path), **options)
     assert error.where
 
 
@@ -246,3 +253,18 @@ def test_images_of_any_size_are_refused(rule: str) -> None:
     with pytest.raises(Exception, match="number of image tokens is not known|needs the patch grid") as caught:
         pruned(**fleet.example(model, 2))
     assert refusal(caught.value).remedy
+
+
+# Exported programs.
+
+
+@each_rule
+def test_a_rewritten_program_equals_the_run_by_hand_and_decomposes(rule: str) -> None:
+    options, merge = RULES[rule]
+    model, inputs, program = exported()
+    rewritten = tokcompile.rewrite(program, rule, **options)
+    expected = merging_naive.run(model, inputs, merge).logits
+    assert difference(rewritten.module()(**inputs), expected) <= 1e-5
+    lowered = rewritten.run_decompositions()
+    assert not any("tokred" in str(n.target) for n in lowered.graph.nodes)
+    assert difference(lowered.module()(**inputs), expected) <= 1e-5

@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from clustering_naive import labels_by_loops, peaks_by_loops, slots_by_loops
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import tokcompile.kernels  # noqa: F401
 
 ops = torch.ops.tokred
 seeds = st.integers(0, 2**31)
-
-
-def distance(one: Tensor, other: Tensor) -> Tensor:
-    """A float32 scalar, of float32 tokens."""
-    return (one - other).square().sum().sqrt() / math.sqrt(len(one))
-
-
-def peaks_by_loops(x: Tensor, clusters: int, neighbours: int) -> tuple[list[int], float]:
-    """Centres of one row [T, C], best first, and the least gap between scores that decide."""
-    tokens = range(len(x))
-    near = neighbours if neighbours <= clusters else min(3, max(clusters // 2, 1))
-    apart = [[distance(x[i], x[j]) for j in tokens] for i in tokens]
-    density = [(-torch.stack(sorted(row)[:near]).square().mean()).exp() for row in apart]
-    scores = []
-    for i in tokens:
-        denser = [j for j in tokens if density[j] > density[i] or (density[j] == density[i] and j < i)]
-        least = min(apart[i][j] for j in denser) if denser else max(max(row) for row in apart)
-        scores.append(float(least * density[i]))
-    order = sorted(tokens, key=lambda i: (-scores[i], i))
-    gaps = [scores[a] - scores[b] for a, b in zip(order[:clusters], order[1:], strict=False)]
-    ranked = sorted(float(d) for d in density)
-    gaps += [b - a for a, b in zip(ranked, ranked[1:], strict=False)]
-    return order[:clusters], min(gaps, default=1.0)
-
-
-def labels_by_loops(x: Tensor, centres: list[int]) -> list[int]:
-    out = []
-    for i in range(len(x)):
-        far = [float(distance(x[i], x[c])) for c in centres]
-        out.append(centres.index(i) if i in centres else far.index(min(far)))
-    return out
-
-
-def slots_by_loops(x: Tensor, centres: list[int], labels: list[int], slots: int) -> list[list[int]]:
-    table = []
-    for number, centre in enumerate(centres):
-        members = [i for i, label in enumerate(labels) if label == number]
-        members.sort(key=lambda i: (float(distance(x[i], x[centre])), i))
-        table.append([members[k % len(members)] for k in range(slots)])
-    return table
 
 
 @st.composite

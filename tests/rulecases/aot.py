@@ -53,10 +53,17 @@ def poured(x: Tensor, stays: list[int], side: int) -> Tensor:
     return torch.stack(out).to(x.dtype)
 
 
-def merged_text(model: nn.Module, inputs: dict[str, Tensor], features: Tensor, kept: naive.Kept) -> naive.Ran:
-    """A LLaVA run with merged features [images, n, C], numbered anew; `kept` are the patches that they stand for."""
+def merged_text(
+    model: nn.Module, inputs: dict[str, Tensor], features: Tensor, kept: naive.Kept, generated: int = 0
+) -> naive.Ran:
+    """A LLaVA run with merged features [images, n, C], numbered anew; `kept` are the patches that they stand for.
+
+    Args:
+        generated: how many tokens at the end are the model's own: no image tokens, whatever their numbers.
+    """
     ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     image = ids == model.config.image_token_index
+    image[:, ids.shape[1] - generated :] = False
     text = [naive.stay(row, kept[b]) for b, row in enumerate(image.tolist())]
     ids, valid, image = (naive._take(t, text) for t in (ids, valid, image))
     hidden = model.get_input_embeddings()(ids).masked_scatter(image[..., None], features)
@@ -65,7 +72,9 @@ def merged_text(model: nn.Module, inputs: dict[str, Tensor], features: Tensor, k
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: dict[str, Tensor], keep: Any, windows: int = WINDOWS) -> naive.Ran:
+def run(
+    model: nn.Module, inputs: dict[str, Tensor], keep: Any, windows: int = WINDOWS, generated: int = 0
+) -> naive.Ran:
     pixels, config = inputs["pixel_values"], model.config.vision_config
     depth, side = config.num_hidden_layers, config.image_size // config.patch_size
     early, deep = (naive.vision_attention(model, pixels, layer) for layer in (depth * 5 // 26, depth - 2))
@@ -74,7 +83,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor], keep: Any, windows: int = W
     features = model.model.multi_modal_projector(naive.vision_features(model, pixels))
     if len(kept[0]) < side * side:
         features = torch.stack([poured(features[b], kept[b], side) for b in range(len(pixels))])
-    return merged_text(model, inputs, features, kept)
+    return merged_text(model, inputs, features, kept, generated)
 
 
 CASE = RuleCase(

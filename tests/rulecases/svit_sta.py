@@ -14,39 +14,48 @@ from torch import Tensor, nn
 
 from rulecases import RuleCase
 
+Cell = tuple[int, int]
 
-def sampled(x: Tensor, side: int, cell: int, iterations: int = 1) -> tuple[Tensor, Tensor]:
+
+def sampled(x: Tensor, side: int, cell: Cell, iterations: int = 1) -> tuple[Tensor, Tensor]:
     """Super tokens [B, m, C] and affinity [B, m, hw, 9] of patches [B, side * side, C]."""
     batch, _, channels = x.shape
-    rows = -(-side // cell)
-    more = rows * cell - side
-    plane = F.pad(x.float().transpose(1, 2).reshape(batch, channels, side, side), (0, more, 0, more))
-    pixels = plane.reshape(batch, channels, rows, cell, rows, cell).permute(0, 2, 4, 3, 5, 1)
-    pixels = pixels.reshape(batch, rows * rows, cell * cell, channels)
-    centres = F.adaptive_avg_pool2d(plane, (rows, rows))
+    (high, wide), (rows, columns) = cell, grid(side, cell)
+    plane = x.float().transpose(1, 2).reshape(batch, channels, side, side)
+    plane = F.pad(plane, (0, columns * wide - side, 0, rows * high - side))
+    pixels = plane.reshape(batch, channels, rows, high, columns, wide).permute(0, 2, 4, 3, 5, 1)
+    pixels = pixels.reshape(batch, rows * columns, high * wide, channels)
+    centres = F.adaptive_avg_pool2d(plane, (rows, columns))
     for _ in range(iterations):
-        around = F.unfold(centres, 3, padding=1).reshape(batch, channels, 9, rows * rows).permute(0, 3, 1, 2)
+        around = F.unfold(centres, 3, padding=1).reshape(batch, channels, 9, rows * columns).permute(0, 3, 1, 2)
         affinity = (pixels @ around * channels**-0.5).softmax(-1)
-        mass = F.fold(affinity.sum(2).transpose(1, 2), (rows, rows), 3, padding=1)
-        total = (pixels.transpose(2, 3) @ affinity).permute(0, 2, 3, 1).reshape(batch * channels, 9, rows * rows)
-        total = F.fold(total, (rows, rows), 3, padding=1).reshape(batch, channels, rows, rows)
+        mass = F.fold(affinity.sum(2).transpose(1, 2), (rows, columns), 3, padding=1)
+        total = (pixels.transpose(2, 3) @ affinity).permute(0, 2, 3, 1).reshape(batch * channels, 9, rows * columns)
+        total = F.fold(total, (rows, columns), 3, padding=1).reshape(batch, channels, rows, columns)
         centres = total / (mass + 1e-12)
     return centres.flatten(2).transpose(1, 2).to(x.dtype), affinity
 
 
-def spread(s: Tensor, affinity: Tensor, side: int, cell: int) -> Tensor:
+def grid(side: int, cell: Cell) -> tuple[int, int]:
+    """Rows and columns of super tokens."""
+    return -(-side // cell[0]), -(-side // cell[1])
+
+
+def spread(s: Tensor, affinity: Tensor, side: int, cell: Cell) -> Tensor:
     """Patches [B, side * side, C] of super tokens [B, m, C]."""
     batch, count, channels = s.shape
-    rows = -(-side // cell)
-    plane = s.float().transpose(1, 2).reshape(batch, channels, rows, rows)
+    (high, wide), (rows, columns) = cell, grid(side, cell)
+    plane = s.float().transpose(1, 2).reshape(batch, channels, rows, columns)
     around = F.unfold(plane, 3, padding=1).reshape(batch, channels, 9, count).permute(0, 3, 1, 2)
-    out = (around @ affinity.transpose(2, 3)).reshape(batch, rows, rows, channels, cell, cell)
-    out = out.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * cell, rows * cell)
+    out = (around @ affinity.transpose(2, 3)).reshape(batch, rows, columns, channels, high, wide)
+    out = out.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * high, columns * wide)
     return out[:, :, :side, :side].flatten(2).transpose(1, 2).to(s.dtype)
 
 
 @contextmanager
-def wrapped(attentions: Sequence[nn.Module], side: int, cell: int, leading: int, iterations: int = 1) -> Iterator[None]:
+def wrapped(
+    attentions: Sequence[nn.Module], side: int, cell: Cell, leading: int, iterations: int = 1
+) -> Iterator[None]:
     """Let attention modules, which read normed tokens, run on super tokens; leading tokens are not pooled."""
     hooks = []
     for module in attentions:
@@ -88,7 +97,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     side, cell = config.image_size // config.patch_size, asked(keep)
     live = config.num_hidden_layers + 1 + model.config.vision_feature_layer
     layers = list(naive._layers(model))[: min(BLOCKS, live)]
-    with wrapped([layer.self_attn for layer in layers], side, cell, leading):
+    with wrapped([layer.self_attn for layer in layers], side, (cell, cell), leading):
         return naive.run(model, inputs)
 
 

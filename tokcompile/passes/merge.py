@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import product
 from tokcompile.counts import images_per_row
 from tokcompile.edit import length_value
 from tokcompile.errors import EditError
@@ -16,7 +15,7 @@ from tokcompile.passes.context import Context
 from tokcompile.passes.density_peaks import merge_by_density
 from tokcompile.passes.drop import check_positions
 from tokcompile.passes.kmeans import kmeans
-from tokcompile.passes.merging import Merging
+from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.passes.nearest import nearest
 from tokcompile.passes.optimal_transport import merge_by_transport
 from tokcompile.passes.pairs import merge_pairs
@@ -56,7 +55,7 @@ def merge(ctx: Context, step: Merge) -> None:
     if step.positions == "compact":
         check_positions(ctx, place)
     with ctx.editor.after([place.node, *_sources(ctx, step)]):
-        rows = _by_row(ctx, place.node, at)
+        rows = _by_row(ctx, place, at)
         made = METHODS[step.by](ctx, step, replace(place, node=rows), at)
         old = ctx.editor.size(rows, 1)
         record = {"verb": "merge", "at": step.at, "by": step.by, "from": str(length_value(old))}
@@ -84,11 +83,12 @@ def _sources(ctx: Context, step: Merge) -> list[Node]:
     return made + ([ctx.values[step.like].node] if step.like else [])
 
 
-def _by_row(ctx: Context, node: Node, at: Sequence) -> Node:
+def _by_row(ctx: Context, place: Place, at: Sequence) -> Node:
     """A value as [B, T, C]."""
     if not at.packed:
-        return node
-    return ctx.editor.call(aten.reshape.default, node, [-1, product(at.axis), node.meta["val"].shape[-1]])
+        return place.node
+    sizes = [-1, tokens_of_images(ctx, place, at), place.node.meta["val"].shape[-1]]
+    return ctx.editor.call(aten.reshape.default, place.node, sizes)
 
 
 def rows_of_tokens(ctx: Context, node: Node) -> Sequence:

@@ -34,6 +34,7 @@ def score(ctx: Context, step: Score) -> None:
     if not step.largest:
         with ctx.editor.after([made.node]):
             made = replace(made, node=ctx.editor.call(aten.neg.default, made.node))
+    made.node.meta["scores"] = step.name
     ctx.values[step.name] = made
     ctx.log.append({"verb": "score", "name": step.name, "by": step.by, "at": place.address})
 

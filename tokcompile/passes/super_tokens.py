@@ -119,8 +119,6 @@ def _patches(ctx: Context, step: Merge, place: Place, at: Sequence) -> Patches:
         )
     start, end = ctx.segment_bounds(axis, inner) if inner != axis else (0, product(axis))
     high, wide = step.cell if isinstance(step.cell, tuple) else (step.cell, step.cell)
-    if min(int(high), int(wide)) < 1:
-        raise EditError(f"a cell of {high} x {wide} patches holds none", where=[place.address], remedy="at least 1 x 1")
     return Patches(start, end, (*grid, int(high), int(wide)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,14 +37,18 @@ def evaluate(node: Node, reach: Reach, zeros: Collection[Node | None] = ()) -> t
     return values[node]
 
 
+def call(node: Node, values: Mapping[Node, Any]) -> Any:
+    """What a call gives on known arguments; on the CPU, wherever the model lives."""
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
 def _run(node: Node, values: dict[Node, Any]) -> Any:
     if node.op == "call_function":
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        # All is computed on the CPU, wherever the model lives.
-        args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
-        with torch.no_grad():
-            return node.target(*args, **kwargs)
+        return call(node, values)
     fake = node.meta["val"]
     if not isinstance(fake, torch.Tensor):
         return fake if isinstance(fake, (int, float)) else fake.node.hint

@@ -52,7 +52,7 @@ def find_order(program: Program, sites: Sites, name: str) -> list[Order]:
     every = tuple(range(len(stack.blocks)))
     found = []
     for rotary in sites.rotary.get(name, []):
-        blocks = tuple(i for i in every if _turned(stack.blocks[i], set(rotary.tables)))
+        blocks = tuple(i for i in every if turned(stack.blocks[i], set(rotary.tables)))
         found.append(Order("rotary", blocks, tuple(rotary.positions.meta["val"].shape)))
     biased = tuple(i for i in every if _biased(program, sites, stack.blocks[i]))
     if biased:
@@ -61,8 +61,8 @@ def find_order(program: Program, sites: Sites, name: str) -> list[Order]:
     return found + [Order(kind, every) for kind in sorted(tables)]
 
 
-def _turned(block: Block, tables: set[Node]) -> bool:
-    """Whether tables reach the queries of a block other than by its input."""
+def turned(block: Block, tables: set[Node]) -> bool:
+    """Whether rotary tables reach the queries of a block other than by its input."""
     todo, seen = [block.attention.query], {block.input}
     while todo:
         node = todo.pop()

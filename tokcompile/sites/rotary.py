@@ -37,7 +37,7 @@ def find_rotary(stack: Stack, reach: Reach, axes: Axes) -> list[Rotary]:
     by_positions: dict[Node, list[Node]] = {}
     for node in reach.order:
         if node.target in (aten.cos.default, aten.sin.default) and _turns(node, stack, reach):
-            positions = _integer_source(node) if _by_token(axes.of(node), tokens) else None
+            positions = _integer_source(node, axes, tokens) if _by_token(axes.of(node), tokens) else None
             if positions is not None:
                 by_positions.setdefault(positions, []).append(node)
     return [Rotary(p, tuple(t)) for p, t in sorted(by_positions.items(), key=lambda item: reach.order[item[0]])]
@@ -53,8 +53,9 @@ def _by_token(dims: list[Dim], tokens: Dim) -> bool:
     return not tokens or any(tokens[-1] in dim for dim in dims)
 
 
-def _integer_source(table: Node) -> Node | None:
-    todo, seen = [table], set()
+def _integer_source(table: Node, axes: Axes, tokens: Dim) -> Node | None:
+    """The last integers that a table is computed from; those by token, where others make its frequencies."""
+    todo, seen, others = [table], set(), []
     while todo:
         node = todo.pop()
         val = node.meta.get("val")
@@ -62,6 +63,9 @@ def _integer_source(table: Node) -> Node | None:
             continue
         seen.add(node)
         if not val.dtype.is_floating_point and val.ndim:
-            return node
+            if _by_token(axes.of(node), tokens):
+                return node
+            others.append(node)
+            continue
         todo.extend(node.all_input_nodes)
-    return None
+    return next(iter(others), None)

@@ -103,7 +103,7 @@ class Merge(Step):
             self._check_attention()
         elif self.by != "pairs":
             single_part(self, ("input", "output", "middle"), f"by: {self.by}")
-            for field in ("count", "rows", "columns", "iterations"):
+            for field in ("count", "rows", "columns", "iterations", "neighbours", "slots"):
                 self._check_number(field)
         return self
 
@@ -113,8 +113,10 @@ class Merge(Step):
                 f"'{self.at}' is not a place for by: super_tokens",
                 "vision.*.attention, or one block: vision.0.attention",
             )
-        if isinstance(self.cell, tuple) and len(self.cell) != 2:
-            raise wrong(f"a cell has a height and a width, not {len(self.cell)} numbers", "cell: [2, 2], or cell: 2")
+        sides = self.cell if isinstance(self.cell, tuple) else (self.cell, self.cell)
+        if len(sides) != 2 or any(isinstance(side, int) and side < 1 for side in sides):
+            raise wrong(f"'cell: {self.cell}' is no cell of patches", "cell: 2, or height and width: cell: [2, 4]")
+        self._check_number("iterations")
 
     def _check_number(self, field: str) -> None:
         """Refuse a number below 1, and a list of numbers; pairs alone know what to do with these."""
