@@ -177,3 +177,13 @@ def put_before(block: nn.Module, tokens: Tensor, slot: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def features_without_the_first(model: nn.Module, count: int) -> Iterator[None]:
+    """Let the projector of a LLaVA read features [B, N, C] without the first of each image."""
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, count:],))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,49 +1,15 @@
-"""Holistic queries in the tower of a LLaVA, whose projector reads the patches alone."""
+"""Holistic queries stand in towers: `core/test_insert_tower.py` runs these by hand, alone and in a LLaVA."""
 
 from typing import Any
 
-import longer
 import naive
-from inserting import drawn, held
 from torch import Tensor, nn
 
 from rulecases import RuleCase
 
-BLOCK = 1
-
-
-def _count(keep: Any) -> int:
-    return 0 if keep == 1.0 and isinstance(keep, float) else 1 if keep == 1 else 4
-
-
-def _queries(model: nn.Module, keep: Any) -> Tensor:
-    width = model.config.vision_config.hidden_size
-    return drawn(max(_count(keep), 1), width).to(model.dtype)
-
-
-def _options(model: nn.Module, keep: Any) -> dict[str, Any]:
-    weights = held("hita", "queries", _queries(model, keep))
-    return {"block": BLOCK, "queries": _count(keep), "weights": weights}
-
 
 def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
-    """The class token stands first; the queries, which come next, are no features."""
-    tower = model.model.vision_tower
-    layers = getattr(tower, "vision_model", tower).encoder.layers
-    used = len(layers) + model.config.vision_feature_layer  # the states before the blocks count too
-    queries = _queries(model, keep)
-
-    def without(module: nn.Module, args: Any, out: Any) -> Tensor:
-        value = out[0] if isinstance(out, tuple) else out
-        return naive._take(value, [[0, *range(1 + len(queries), value.shape[1])]] * len(value))
-
-    hook = layers[used].register_forward_hook(without)
-    try:
-        with longer.put_before(layers[BLOCK], queries, 1):
-            ran = naive.run(model, inputs)
-    finally:
-        hook.remove()
-    return naive.Ran(ran.logits, [], ran.lengths)
+    raise AssertionError("a tower alone has no text to run")
 
 
-CASE = RuleCase(models=("llava",), options=_options, run=_run, drops=False, chooses=False)
+CASE = RuleCase(models=(), options=lambda model, keep: {}, run=_run, drops=False, chooses=False)

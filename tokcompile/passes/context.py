@@ -118,7 +118,7 @@ class Context:
         )
         if marked is not None or mask is None:
             return marked
-        return self.align(mask, oldest(axis), axis, fill=1.0)
+        return self.align(mask, oldest(axis), axis, beside=True)
 
     def _through_marks(self, mask: Node | None, start: Dim, goal: Dim, those: Callable[[Node], Node]) -> Node | None:
         """Bring a mask from an axis to one that was cut from it, by marks among others.
@@ -146,11 +146,21 @@ class Context:
         chain = _chain(oldest(axis), resolve(axis)) or []
         return [slots for via in chain if (slots := slots_of(via)) is not None]
 
-    def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None) -> Node:
+    def inserted_tokens(self, axis: Dim) -> Length:
+        """How many tokens of each row earlier edits put into a sequence."""
+        total: Length = 0
+        for via in _chain(oldest(axis), resolve(axis)) or ():
+            if via.target is tokred.inserted_source.default:
+                sizes = (self.editor.size(n, 1) for n in (via, via.args[1]))
+                total = self.editor.arithmetic(lambda so_far, new, old: so_far + new - old, total, *sizes)
+        return total
+
+    def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None, *, beside: bool = False) -> Node:
         """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it.
 
         Args:
-            fill: what tokens have that the value says nothing of; tokens that a rule put in have 0 where none is given.
+            fill: what tokens have that the value says nothing of; tokens that a rule put in have 0 where none is given,
+            beside: or what the old token beside them has.
         """
         start, goal = resolve(start), resolve(goal)
         if start == goal:
@@ -162,7 +172,7 @@ class Context:
         if chain is not None:
             for via in chain:
                 value = self.editor.call(tokred.gather_tokens.default, value, via, 1, 0)
-                if via.target is tokred.inserted_source.default:
+                if via.target is tokred.inserted_source.default and not beside:
                     value = self.editor.call(aten.masked_fill.Scalar, value, via.args[0], fill or 0)
             return value
         whole = self._among_class_tokens(value, start, goal, fill)

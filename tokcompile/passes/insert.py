@@ -48,7 +48,7 @@ def insert(ctx: Context, step: Insert) -> None:
     Transport(editor, ctx.sites).apply(node, token_map, content, until)
     ctx.refresh()
     if step.readout == "tokens":
-        read_out(ctx, step, place.owner, ctx.program.axes.of(content)[1], slots)
+        read_out(ctx, step, place.owner, content, slots)
 
 
 def _rows_of_tokens(ctx: Context, place: Place) -> Sequence:

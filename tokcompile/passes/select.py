@@ -154,11 +154,11 @@ def image_tokens(ctx: Context, axis: Dim, total: Length, per: str) -> Length:
         raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
     if per == "image":
         _check_one_image(projector, splice)
-    before = ctx.editor.size(splice.node, 1)
     marks = ctx.marks(axis)
     if marks:
         return _images_left(ctx, marks, total)
-    return ctx.editor.arithmetic(lambda now, then: spliced // rows - (then - now), total, before)
+    sizes = (total, ctx.inserted_tokens(axis), ctx.editor.size(splice.node, 1))
+    return ctx.editor.arithmetic(lambda now, more, then: spliced // rows - (then + more - now), *sizes)
 
 
 def _images_left(ctx: Context, marks: list[Node], total: Length) -> Length:
