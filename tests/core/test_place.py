@@ -19,16 +19,17 @@ from turned import at, text_of, turned, variable
 from turntoys import AXIS, LAYOUTS, ROWS, TOKENS, by_angles, captured, context, edit, inputs, model
 
 import tokcompile
-from tokcompile import EditError, RuleError, TokredError
+from tokcompile import EditError, RuleError, TokredError, imagesizes
 from tokcompile.capture import capture
 from tokcompile.carried import Carried
+from tokcompile.models import catalogue
 from tokcompile.passes import PASSES
 from tokcompile.passes.density_peaks import Slots
 from tokcompile.passes.merge import METHODS
 from tokcompile.passes.merging import Merging
 from tokcompile.passes.turned import rotary_sites
 from tokcompile.pipeline import apply_rules
-from tokcompile.rulefile import load_rule, parse_rules
+from tokcompile.rulefile import LIBRARY, load_rule, parse_rules
 from tokcompile.sites import find_sites
 from tokcompile.steps import Merge, Place
 from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
@@ -346,6 +347,57 @@ def test_slots_that_do_not_divide_the_frequencies_are_refused(
 ) -> None:
     with pytest.raises(RuleError, match=f"{slots} slots do not divide"):
         _merged(layout, CLUSTERS, slots, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "ordered"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
+def test_one_slot_is_the_position_of_the_centre(name: str, ordered: bool, tmp_path: Path, one_thread: None) -> None:
+    """Of models that count in time, height and width: a merge alone gives each cluster its centre's position.
+
+    Where features stand in windows when they are merged, members are not known among the text.
+    """
+    family = catalogue.family(name)
+    model = family.build()
+    given = {**family.example(model, batch=1), "use_cache": False}
+    imagesizes.install(model)
+    given = tokcompile.precompute(model, given)
+    text = (LIBRARY / "ppe.yaml").read_text().replace("decoder.0.input", "projector.output")
+    both, alone = tmp_path / "both.yaml", tmp_path / "alone.yaml"
+    both.write_text(text)
+    alone.write_text(text[: text.index("  # A cluster of fewer")])
+    if not ordered:
+        with pytest.raises(Exception, match="in another order after the merge"):
+            prune(model, rule=str(both), slots=1, keep=0.5)(**given)
+        return
+    placed, plain = [], []
+    for rule, out in ((str(both), placed), (str(alone), plain)):
+        torch._dynamo.reset()
+        out.append(prune(model, rule=rule, slots=1, keep=0.5)(**given).logits)
+    assert difference(placed[0], plain[0]) <= 1e-5
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="8 slots do not divide"):
+        prune(model, rule=str(both), slots=8)(**given)
+
+
+def test_text_alone_goes_on_after_merged_tokens() -> None:
+    """Steps after a prompt whose image was merged have the positions that they would have had."""
+    model = fleet.build("llava")
+    given = fleet.example(model, 2, (2, 0))
+    tokcompile.compile(model, rule="ppe", target="eager", keep=5, slots=4)
+    out = model.generate(**given, **greedy(3))
+    tokcompile.restore(model)
+    pruned = prune(model, rule="ppe", keep=5, slots=4)
+    with torch.no_grad():
+        counted = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        whole = pruned(**given, position_ids=counted, use_cache=True)
+        assert difference(out.logits[0], whole.logits[:, -1]) <= 1e-5
+        start = given["input_ids"].shape[1]
+        mask = torch.cat([given["attention_mask"].gather(1, torch.tensor(pruned.kept[0])), torch.ones(2, 1).long()], 1)
+        places = torch.tensor([[start - 3], [start - 1]]) + 1
+        step = text_of(model)(
+            input_ids=out.sequences[:, start : start + 1], past_key_values=whole.past_key_values,
+            attention_mask=mask, position_ids=places,
+        )  # fmt: skip
+        assert difference(out.logits[1], model.lm_head(step.last_hidden_state[:, -1])) <= 2e-5
 
 
 # What a prompt hands on.

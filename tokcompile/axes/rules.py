@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.assigning import batched, centres, crossed, slots, spread, super_tokens, weights
-from tokcompile.axes.atoms import divide, fresh, product, resolve, size_of
+from tokcompile.axes.atoms import divide, fresh, product, resolve, same, size_of
 from tokcompile.axes.context import Context, Dims, arg, shape, wrap
 from tokcompile.axes.merging import merge_weights, mix_tokens, nearest, pool_matrix, representatives
 from tokcompile.axes.products import addmm, attention, conv, einsum, grouped, linear, matmul
@@ -189,8 +189,9 @@ def gather_tokens(ctx: Context, node: Node) -> Dims:
     value, chosen, where, batch = node.args[:4]
     dims = list(ctx.of(value))
     new = resolve(ctx.of(chosen)[1])
-    if len(new) == 1 and new[0].origin is not None and new[0].via is chosen:
-        ctx.unify(node, dims[where], new[0].origin)
+    origin = new[0].origin if len(new) == 1 else None
+    if origin is not None and same(product(resolve(origin)), product(resolve(dims[where]))):
+        ctx.unify(node, dims[where], origin)
     dims[where] = new
     if batch != where:
         ctx.unify(node, dims[batch], ctx.of(chosen)[0])

@@ -29,10 +29,12 @@ class Slots:
         node: int64 [B, M, K], K members of each of M merged tokens, as indices into the old sequence; merged tokens are
             in the order that they have in the new one.
         axis: the old sequence: features, or a text with features among it.
+        text: whether it is a text.
     """
 
     node: Node
     axis: Dim
+    text: bool = False
 
 
 def merge_by_density(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | None:
@@ -120,7 +122,7 @@ def _keep_slots(
         flat = ctx.editor.call(aten.flatten.using_ints, table, 1, 2)
         flat = ctx.editor.call(aten.gather.default, places, 1, flat)
         table = ctx.editor.call(aten.unflatten.int, flat, 1, [-1, int(step.slots)])
-    ctx.values[step.name] = Slots(table, axis)
+    ctx.values[step.name] = Slots(table, axis, places is not None)
 
 
 def _centres(ctx: Context, step: Merge, node: Node, count: Length) -> Node:

@@ -9,8 +9,8 @@ from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.drop import check_positions
+from tokcompile.passes.insertplaces import Slots, find_slots
 from tokcompile.passes.readout import read_out
-from tokcompile.passes.slots import Slots, find_slots
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, sequence

@@ -19,6 +19,7 @@ from tokcompile.tables import Tables, angles_of, coordinates_of, inverse_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
+_PICKS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 
 def place_slots(ctx: Context, step: Place, found: list[Frequencies], record: dict[str, object]) -> None:
@@ -87,9 +88,16 @@ def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Slots,
     if ctx.sites.splice is None:
         return table
     image = visual(ctx, frequencies)
-    own = ctx.program.axes.of(frequencies.positions)[frequencies.tokens]
-    if resolve(merged.axis) != resolve(own):
+    if not merged.text:
+        _check_order(ctx, ctx.sites.splice.features)
         count = product(resolve(merged.axis))
+        if not isinstance(count, int):
+            raise EditError(
+                "the number of image tokens is not known when the graph is compiled",
+                where=[step.at],
+                found=str(count),
+                remedy="compile with a static image size",
+            )
         places = call(tokred.kept_indices.default, image, count)
         flat = call(aten.gather.default, places, 1, call(aten.flatten.using_ints, table, 1, 2))
         table = call(aten.unflatten.int, flat, 1, [-1, wanted])
@@ -98,6 +106,21 @@ def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Slots,
     listed = call(tokred.gather_tokens.default, table, rank, 1, 0)
     here, alone = (call(aten.unsqueeze.default, value, 2) for value in (here, source))
     return call(aten.where.self, here, listed, alone)
+
+
+def _check_order(ctx: Context, features: Node) -> None:
+    """Refuse merged features that the model puts in another order before the text: members would be other tokens."""
+    reach = ctx.sites.reach
+    merges = [n for n in reach.order if n.target is tokred.mix_tokens.default and reach.above(n, features)]
+    later = [n for n in reach.order if n.target in _PICKS and reach.above(n, features)]
+    for node in later:
+        if reach.any_above(node, merges):
+            raise EditError(
+                "features are put in another order after the merge",
+                where=[node_place(node)],
+                found="windows that are undone, or features that are picked from others",
+                remedy="merge at decoder.0.input, where tokens stand as in the text",
+            )
 
 
 def shares(step: Place, turn: Turn, pairs: int) -> tuple[list[int], list[int]]:

@@ -11,8 +11,8 @@ from tokcompile.axes import Dim
 from tokcompile.errors import EditError
 from tokcompile.keybias import bias_keys
 from tokcompile.passes.context import Context
+from tokcompile.passes.insertplaces import leading_tokens
 from tokcompile.passes.restore import restore
-from tokcompile.passes.slots import leading_tokens
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
 from tokcompile.sites.address import resolve_every

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
-from tokcompile.passes.slots import Slots
+from tokcompile.passes.insertplaces import Slots
 from tokcompile.steps import Insert
 from tokcompile.tokenmap import TokenMap
 from tokcompile.transport import Transport
