@@ -62,7 +62,7 @@ class TestEveryRule:
     def test_resolves_to_steps_without_expressions(self, name: str) -> None:
         resolved = load_rule(name).bind().resolve(FACTS)
         for step in resolved.steps:
-            assert "${" not in "".join(str(value) for key, value in step.given().items() if key != "keep")
+            assert "${" not in "".join(str(value) for key, value in step.given().items() if key != step.budgeted)
             assert step.line > 0
 
 
