@@ -198,6 +198,13 @@ def _take(values: Tensor, kept: Kept) -> Tensor:
     return torch.stack([row[kept[b]] for b, row in enumerate(values)])
 
 
+def _take_of_heads(table: Tensor, kept: Kept) -> Tensor:
+    """Rows of a rotary table [B, T, D], or of one with heads of its own, [B or 1, H, T, D]."""
+    if table.ndim == 3:
+        return _take(table, kept)
+    return torch.stack([row[:, kept[b]] for b, row in enumerate(table.expand(len(kept), -1, -1, -1))])
+
+
 def _decoder(model: nn.Module, state: State, cuts: Sequence[Cut]) -> tuple[Tensor, list[Kept], list[int]]:
     text = getattr(model.model, "language_model", model.model)
     batch, tokens, _ = state.hidden.shape
@@ -212,16 +219,15 @@ def _decoder(model: nn.Module, state: State, cuts: Sequence[Cut]) -> tuple[Tenso
             chosen = cut.choose(state)
             kept.append(chosen)
             mask = torch.stack([mask[b][:, chosen[b]][:, :, chosen[b]] for b in range(batch)])
-            if cut.compact:
-                gaps = torch.tensor([[old - new for new, old in enumerate(row)] for row in chosen])
-                positions = _take(positions, chosen) - gaps
-                tables = text.rotary_emb(state.hidden, positions)
-            else:
-                positions = _take(positions, chosen)
-                tables = tuple(_take(t, chosen) for t in tables)
+            positions = _take(positions, chosen)
             state.hidden, state.valid, state.image = (
                 _take(t, chosen) for t in (state.hidden, state.valid, state.image)
             )
+            if cut.compact:
+                positions = positions - torch.tensor([[old - new for new, old in enumerate(row)] for row in chosen])
+                tables = text.rotary_emb(state.hidden, positions)
+            else:
+                tables = tuple(_take_of_heads(t, chosen) for t in tables)
         lengths.append(state.hidden.shape[1])
         with _recorded(layer.self_attn) as seen:
             out = layer(

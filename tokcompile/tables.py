@@ -48,6 +48,7 @@ class Tables:
         """The table in the form of the old one: [B, H, T, W], [B, T, H, W], [B, T, W] or [T, W]."""
         rank, where = turn.table.meta["val"].ndim, heads_of(turn)
         table = self._columns(turn)
+        self._check_tokens(turn, table, where)
         call = self.editor.call
         if rank == 4:
             table = self._for_heads(table, turn, where)
@@ -66,6 +67,17 @@ class Tables:
         for dim in (1, 0)[: 4 - rank]:
             table = self._once(("squeezed", table, dim), lambda t=table, d=dim: call(aten.squeeze.dim, t, d))
         return table
+
+    def _check_tokens(self, turn: Turn, table: Node, where: int) -> None:
+        value = turn.value.meta["val"]
+        tokens = value.shape[2 if where == 1 else 1] if value.ndim == 4 else value.shape[-2]
+        if not same(size_of(table.meta["val"].shape[2]), size_of(tokens)):
+            raise EditError(
+                "positions of a layer were numbered anew, and the new rotary tables are of other tokens",
+                where=[place(turn.node)],
+                found=f"tables of {table.meta['val'].shape[2]} tokens for {tokens}",
+                remedy="use `positions: keep` in the drop before",
+            )
 
     def _for_heads(self, table: Node, turn: Turn, where: int) -> Node:
         """Each group of heads that shares angles reads the same table."""

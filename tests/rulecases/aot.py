@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import naive
@@ -54,12 +55,18 @@ def poured(x: Tensor, stays: list[int], side: int) -> Tensor:
 
 
 def merged_text(
-    model: nn.Module, inputs: dict[str, Tensor], features: Tensor, kept: naive.Kept, generated: int = 0
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    features: Tensor,
+    kept: naive.Kept,
+    generated: int = 0,
+    cuts: Sequence[naive.Cut] = (),
 ) -> naive.Ran:
     """A LLaVA run with merged features [images, n, C], numbered anew; `kept` are the patches that they stand for.
 
     Args:
         generated: how many tokens at the end are the model's own: no image tokens, whatever their numbers.
+        cuts: drops in the decoder.
     """
     ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     image = ids == model.config.image_token_index
@@ -67,13 +74,18 @@ def merged_text(
     text = [naive.stay(row, kept[b]) for b, row in enumerate(image.tolist())]
     ids, valid, image = (naive._take(t, text) for t in (ids, valid, image))
     hidden = model.get_input_embeddings()(ids).masked_scatter(image[..., None], features)
-    logits, _, lengths = naive._decoder(model, naive.State(hidden, valid, image), [])
-    return naive.Ran(logits, [kept, text], lengths)
+    logits, more, lengths = naive._decoder(model, naive.State(hidden, valid, image), cuts)
+    return naive.Ran(logits, [kept, text, *more], lengths)
 
 
 @torch.no_grad()
 def run(
-    model: nn.Module, inputs: dict[str, Tensor], keep: Any, windows: int = WINDOWS, generated: int = 0
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    keep: Any,
+    windows: int = WINDOWS,
+    generated: int = 0,
+    cuts: Sequence[naive.Cut] = (),
 ) -> naive.Ran:
     pixels, config = inputs["pixel_values"], model.config.vision_config
     depth, side = config.num_hidden_layers, config.image_size // config.patch_size
@@ -83,7 +95,7 @@ def run(
     features = model.model.multi_modal_projector(naive.vision_features(model, pixels))
     if len(kept[0]) < side * side:
         features = torch.stack([poured(features[b], kept[b], side) for b in range(len(pixels))])
-    return merged_text(model, inputs, features, kept, generated)
+    return merged_text(model, inputs, features, kept, generated, cuts)
 
 
 CASE = RuleCase(

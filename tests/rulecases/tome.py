@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +117,8 @@ def asked(keep: Any) -> int:
     return 0 if keep == 1.0 and isinstance(keep, float) else 99 if keep == 1 else 3 if isinstance(keep, str) else 2
 
 
-def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
+def run(model: nn.Module, inputs: dict[str, Tensor], keep: Any, cuts: Sequence[naive.Cut] = ()) -> naive.Ran:
+    """A LLaVA run with merged pairs in its tower, and drops in its decoder; the text is numbered anew."""
     vision = model.model.vision_tower
     leading = naive.class_tokens(model)
     tower = getattr(vision, "vision_model", vision)
@@ -137,14 +139,14 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
         ids, valid, image = (naive._take(t, text) for t in (ids, valid, image))
     features = model.model.multi_modal_projector(features)
     hidden = model.get_input_embeddings()(ids).masked_scatter(image[..., None], features)
-    logits, _, lengths = naive._decoder(model, naive.State(hidden, valid, image), [])
-    return naive.Ran(logits, [*by_hand.packed, *texts], lengths)
+    logits, kept, lengths = naive._decoder(model, naive.State(hidden, valid, image), cuts)
+    return naive.Ran(logits, [*by_hand.packed, *texts, *kept], lengths)
 
 
 CASE = RuleCase(
     models=fleet.VLMS,
     options=lambda model, keep: {"pairs": asked(keep), "positions": "compact"},
-    run=_run,
+    run=run,
     tolerance=1e-5,
     coarse=0.1,
     drops=False,

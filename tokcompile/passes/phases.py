@@ -26,7 +26,7 @@ def rotate_content(ctx: Context, step: Rotate, found: list[Frequencies], record:
 
     CARoPE (Veisi et al. 2025), section 3. x are the embeddings that the stack reads; all its layers share w and b.
     They start as w = 0 and b such that f = base^(-2/d), which is the model's rotation with that base. Query heads share
-    the phases of their key head. Tokens that are dropped later on have done their part of the phases.
+    the phases of their key head. Tokens that a drop with `positions: keep` takes away have done their part of them.
 
     Raises:
         EditError: the rotations of the stack differ, or turn by several coordinates.
@@ -34,7 +34,9 @@ def rotate_content(ctx: Context, step: Rotate, found: list[Frequencies], record:
     pairs, heads = _alike(found), _key_heads(found)
     record["heads"] = heads
     stack = ctx.sites.stacks[step.address.stack]
-    stream = _whole_stream(ctx, stack.blocks[0].input)
+    stream = _whole_stream(
+        stack.blocks[0].input, {source for each in found for turn in each.turns for source in turn.via}
+    )
     first = min((turn.node for each in found for turn in each.turns), key=ctx.sites.reach.order.__getitem__)
     with ctx.editor.before(first):
         logits = _logits(ctx, step, stream, heads, 2 * pairs)
@@ -70,9 +72,12 @@ def _heads(turn: Turn) -> int:
     return int(turn.value.meta["val"].shape[heads_of(turn)])
 
 
-def _whole_stream(ctx: Context, stream: Node) -> Node:
-    """What the stack reads before tokens were dropped from it: phases count all tokens."""
-    while stream.target is tokred.gather_tokens.default:
+def _whole_stream(stream: Node, gathered: set[Node]) -> Node:
+    """What the stack reads before tokens were dropped from it: phases count all tokens.
+
+    Where a drop numbered positions anew, tables were not gathered by its map: phases count the tokens that it left.
+    """
+    while stream.target is tokred.gather_tokens.default and stream.args[1] in gathered:
         stream = stream.args[0]
     return stream
 
