@@ -14,9 +14,12 @@ import naive
 import pytest
 import torch
 from harness import difference, prune, refusal
-from rulecases import aot, carope, tome
+from rulecases import CASES as CASES_OF_RULES
+from rulecases import RULES, aot, carope, tome
 from torch import Tensor, nn
 from turned import at, content, text_of, turned, variable
+
+import tokcompile
 
 PADS = (2, 0, 1)
 LAST = {"rule": "fastv", "layer": 2, "keep": 3}
@@ -178,3 +181,35 @@ def test_pairs_that_do_not_compose_are_refused_with_both_names(case: str) -> Non
     error = refusal(caught.value)
     names = [rule if isinstance(rule, str) else rule["rule"] for rule in rules]
     assert all(name in str(error) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", RULES)
+def test_every_pair_of_the_library_runs_or_is_refused_by_both_names(first: str) -> None:
+    """No pair fails in any other way: not in PyTorch, and not in a graph that the verifier stops."""
+    model = fleet.shared("llava")
+    inputs = fleet.example(model, 3, PADS)
+    for second in RULES:
+        options = [_of_library(rule, model) for rule in (first, second)]
+        weights = [each.pop("weights") for each in options if "weights" in each]
+        extra = {"weights": _joined(weights)} if weights else {}
+        try:
+            logits = prune(model, rules=options, **extra)(**inputs).logits
+        except Exception as error:
+            said = str(refusal(error))
+            assert first in said and "does not run" not in said, said
+        else:
+            assert logits[:, -1].isfinite().all(), second
+        torch._dynamo.reset()
+
+
+def _of_library(rule: str, model: nn.Module) -> dict[str, Any]:
+    case = CASES_OF_RULES[rule]
+    return {"rule": rule, **(case.options(model, "1/3") if "llava" in case.models else {})}
+
+
+def _joined(weights: Sequence[tokcompile.Weights]) -> tokcompile.Weights:
+    whole = tokcompile.Weights()
+    for each in weights:
+        whole.load_state_dict({**whole.state_dict(), **each.state_dict()})
+    return whole
