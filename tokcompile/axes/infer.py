@@ -10,8 +10,9 @@ from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import Dim, fresh, resolve, size_of
 from tokcompile.axes.context import Context, Dims
+from tokcompile.axes.ours import OURS
 from tokcompile.axes.products import attention, matmul
-from tokcompile.axes.rules import NAMED, OURS, RULES, masked_scatter, pointwise
+from tokcompile.axes.rules import NAMED, RULES, masked_scatter, pointwise
 
 
 @dataclass
