@@ -1,10 +1,12 @@
 # make demo and make test each set up a virtual environment of their own, and run. Needs Python 3.11 or newer.
 #   PYTHON    which Python makes the environment
 #   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
+#   JOBS      test processes at a time
 #   EXTRAS    what is installed beside the package; demo,dev,timm has the families of timm tested, too
 PYTHON ?= python3
 PIP_ARGS ?=
 EXTRAS ?= demo,dev
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
@@ -23,11 +25,11 @@ demo: setup
 	$(BIN)/tokred demo
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15
 
 # Models of real proportions, every family of the catalogue, and every block of the README and the docs.
 test-slow: setup
-	$(BIN)/python -m pytest -q --durations=15 -m slow
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 -m slow
 
 # Runs the tests of every family of the catalogue and writes docs/models.md; fails when a cell was lost.
 coverage: setup

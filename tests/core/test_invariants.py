@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import fleet
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 import tokcompile
 
 PADS = {"none": (), "left": (2, 0, 1)}
+CORE = {"fastv", "hiprune", "random", "tome", "visionzip", "pospad", "meta_tokens", "v2pe"}
+"""A rule of each verb and place, of which `make test` asks all that `make test-slow` asks of every rule."""
+USUAL = 3
+"""Cases of the matrix that `make test` runs of every other rule."""
 
 
 def options(rule: str, model: nn.Module, keep: Any) -> dict[str, Any]:
@@ -35,10 +40,16 @@ def _matrix() -> list[Any]:
             "dtype": (torch.float32, torch.bfloat16),
             "attention": ("sdpa", "eager"),
         }
-        for case in pairwise(axes):
+        for number, case in enumerate(pairwise(axes)):
             label = "-".join(str(v).removeprefix("torch.") for v in case.values())
-            cases.append(pytest.param(rule, case, id=f"{rule}-{label}"))
+            marks = () if rule in CORE or number < USUAL else (pytest.mark.slow,)
+            cases.append(pytest.param(rule, case, id=f"{rule}-{label}", marks=marks))
     return cases
+
+
+def _each(rules: Iterable[str], *more: Any) -> list[Any]:
+    """Rules as cases of a test, those beyond the core marked as slow."""
+    return [pytest.param(rule, *more, marks=() if rule in CORE else (pytest.mark.slow,)) for rule in rules]
 
 
 def _checked(pruned: Pruned, out: Any, ran: naive.Ran, tolerance: float) -> None:
@@ -125,7 +136,7 @@ def test_compiling_leaves_eager_calls_as_they_were(called_before: bool) -> None:
         assert difference(model(**inputs).logits, ran.logits) == 0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses and not CASES[rule].slots])
+@pytest.mark.parametrize("rule", _each(rule for rule in IN_TEXT if CASES[rule].chooses and not CASES[rule].slots))
 def test_rows_do_not_see_each_other(rule: str) -> None:
     """A padded batch selects and computes what each row does alone."""
     model = fleet.shared("llava")
@@ -144,7 +155,7 @@ def test_rows_do_not_see_each_other(rule: str) -> None:
     assert len(alone.report.graphs) == 1
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_a_replayed_recording_equals_the_run(rule: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
@@ -155,7 +166,7 @@ def test_a_replayed_recording_equals_the_run(rule: str) -> None:
     assert difference(ideal(**inputs).logits, out.logits) == 0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in IN_TEXT if CASES[rule].chooses])
+@pytest.mark.parametrize("rule", _each(rule for rule in IN_TEXT if CASES[rule].chooses))
 def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
     model = fleet.shared("llava")
     ideal = prune(model, replay=tokcompile.Recording(), **options(rule, model, 5))
@@ -166,7 +177,7 @@ def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
 SHAPES = ((2, (1, 0), 7), (2, (0, 3), 11), (2, (), 47), (4, (2, 0, 1), 7))
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_one_dynamic_graph_serves_all_lengths(rule: str) -> None:
     """Among the lengths is one that makes the sequence as long as the stream is wide.
 
@@ -180,7 +191,7 @@ def test_one_dynamic_graph_serves_all_lengths(rule: str) -> None:
     assert len(pruned.report.graphs) == len({batch for batch, _, _ in SHAPES})
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_a_marked_length_alone_is_dynamic(rule: str) -> None:
     model = fleet.shared("llava-siglip-qwen2", attention="eager")
     pruned = prune(model, **options(rule, model, "1/3"))
@@ -213,7 +224,7 @@ def test_a_share_of_a_symbolic_length_follows_it(name: str, keep: Any) -> None:
     assert len(pruned.report.graphs) == 1
 
 
-@pytest.mark.parametrize(("rule", "target"), [*((rule, "inductor") for rule in IN_TEXT), ("fastv", "aot_eager")])
+@pytest.mark.parametrize(("rule", "target"), [*_each(IN_TEXT, "inductor"), ("fastv", "aot_eager")])
 def test_compiled_targets_equal_the_run_by_hand(rule: str, target: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
@@ -221,7 +232,7 @@ def test_compiled_targets_equal_the_run_by_hand(rule: str, target: str) -> None:
     _checked(pruned, pruned(**inputs), CASES[rule].run(model, inputs, "1/3"), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_a_second_call_with_other_inputs_is_pruned_by_its_own_scores(rule: str) -> None:
     model = fleet.shared("llava")
     pruned = prune(model, **options(rule, model, 5))
@@ -255,7 +266,7 @@ def test_random_twice_is_random_of_random_by_hand(name: str) -> None:
     _checked(pruned, pruned(**inputs), naive.run(model, inputs, cuts), tolerance=0)
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_hidden_states_have_the_lengths_that_the_layers_saw(rule: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
@@ -266,7 +277,7 @@ def test_hidden_states_have_the_lengths_that_the_layers_saw(rule: str) -> None:
     assert [h.shape[1] for h in out.hidden_states] == [*ran.lengths, ran.lengths[-1]]
 
 
-@pytest.mark.parametrize("rule", IN_TEXT)
+@pytest.mark.parametrize("rule", _each(IN_TEXT))
 def test_the_last_logits_alone_are_those_of_the_run_by_hand(rule: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
