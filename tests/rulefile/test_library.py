@@ -31,7 +31,7 @@ OTHER = {
     "hita": {"queries": 4},
 }
 """Options of rules that have no budget."""
-FACTS = {"vision.depth": 24, "decoder.depth": 32}
+FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}
 SCHEMA = Path(__file__).parents[2] / "docs" / "rule.schema.json"
 
 
