@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import unloaded
 
-
 ROOT = Path(__file__).parent.parent
 PAGE, RECORD = ROOT / "docs" / "models.md", ROOT / "docs" / "models.json"
 TESTS = {
