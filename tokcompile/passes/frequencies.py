@@ -57,7 +57,8 @@ def _strengthen(ctx: Context, frequencies: Frequencies, by: float) -> None:
     """Multiply all cosines and sines of some angles."""
     reach = ctx.sites.reach
     above = reach.ancestors({turn.table for turn in frequencies.turns})
-    for node in [n for n in above if n.target in _WAVES and reach.above(frequencies.angles, n)]:
+    waves = [n for n in above if n.target in _WAVES and reach.above(frequencies.angles, n)]
+    for node in sorted(waves, key=reach.order.__getitem__):
         users = list(node.users)
         with ctx.editor.after([node]):
             more = ctx.editor.call(aten.mul.Tensor, node, by)
