@@ -29,6 +29,8 @@ from tokcompile.tokenmap import TokenMap
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
+WHOLE = "tokred_whole"
+"""Marks a reader of a stream that goes on reading all of its tokens when some are cut there."""
 _SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
 
 
@@ -99,7 +101,7 @@ class Transport:
                 where=[place(cut)],
                 found=f"{product(token_map.axis)} tokens in a value {tuple(cut.meta['val'].shape)}",
             )
-        users = [u for u in cut.users if u not in self.editor.made]
+        users = [u for u in cut.users if u not in self.editor.made and WHOLE not in u.meta]
         if content is None:
             with self.editor.after([cut, token_map.source]):
                 content, _, _ = self.move_dim(cut, token_map, spots[0])

@@ -14,6 +14,7 @@ from tokcompile.program import place as node_place
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Rotate
 from tokcompile.tables import Tables, heads_of
+from tokcompile.transport import WHOLE
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -91,6 +92,7 @@ def _logits(ctx: Context, step: Rotate, stream: Node, heads: int, width: int) ->
     start = start_of(float(step.base), width)
     bias = ctx.editor.parameter("bias", (heads,), lambda: torch.full((heads,), start, **made))
     wide = ctx.editor.call(aten.to.dtype, stream, made["dtype"])
+    wide.meta[WHOLE] = True
     return ctx.editor.call(aten.linear.default, wide, weight, bias)
 
 
