@@ -365,7 +365,7 @@ def test_one_slot_is_the_position_of_the_centre(name: str, ordered: bool, tmp_pa
     both.write_text(text)
     alone.write_text(text[: text.index("  # A cluster of fewer")])
     if not ordered:
-        with pytest.raises(Exception, match="in another order after the merge"):
+        with pytest.raises(Exception, match="in another order than that of their patches"):
             prune(model, rule=str(both), slots=1, keep=0.5)(**given)
         return
     placed, plain = [], []
