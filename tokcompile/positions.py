@@ -24,10 +24,11 @@ def positions_of(transport: Transport, value: Node, token_map: TokenMap) -> Node
     todo, seen, found = [value], set(), set()
     while todo:
         node = todo.pop()
-        if node in seen or not isinstance(node.meta.get("val"), torch.Tensor):
+        held = node.meta.get("val")
+        if node in seen or not isinstance(held, torch.Tensor | list | tuple):
             continue
         seen.add(node)
-        if not node.meta["val"].dtype.is_floating_point:
+        if isinstance(held, torch.Tensor) and not held.dtype.is_floating_point:
             if transport.where(node, token_map.axis):
                 if node.meta["val"].dtype == torch.bool:  # an additive mask, not a table
                     return None

@@ -19,7 +19,6 @@ from tokcompile.tables import Tables, angles_of, coordinates_of, inverse_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
-_SORTS = {aten.argsort.default, aten.argsort.stable}
 _PICKS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 
@@ -110,15 +109,14 @@ def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Slots,
 
 
 def _check_order(ctx: Context, features: Node) -> None:
-    """Refuse features that the model puts in another order: members might be other tokens."""
+    """Refuse merged features that the model puts in another order before the text: members would be other tokens."""
     reach = ctx.sites.reach
     merges = [n for n in reach.order if n.target is tokred.mix_tokens.default and reach.above(n, features)]
-    picks = [n for n in reach.order if n.target in _PICKS and reach.above(n, features)]
-    for node in picks:
-        index = node.args[1][0] if node.target is aten.index.Tensor and len(node.args[1]) == 1 else None
-        if reach.any_above(node, merges) or getattr(index, "target", None) in _SORTS:
+    later = [n for n in reach.order if n.target in _PICKS and reach.above(n, features)]
+    for node in later:
+        if reach.any_above(node, merges):
             raise EditError(
-                "features are put in another order than that of their patches",
+                "features are put in another order after the merge",
                 where=[node_place(node)],
                 found="windows that are undone, or features that are picked from others",
                 remedy="merge at decoder.0.input, where tokens stand as in the text",
