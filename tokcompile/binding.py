@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +21,10 @@ from tokcompile.steps import Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
+
+
+KEEP = "keep"
+"""The option that says how many image tokens stay: a parameter of a rule, or what its `budget` is written in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +178,7 @@ class ResolvedRule:
 
 def bind(rule: Rule, options: Mapping[str, object]) -> RuleInstance:
     """Check options against a rule's parameters and return the rule with all its values."""
+    options = _without_keep(rule, options)
     for option in options:
         if option not in rule.params:
             cause = f"rule '{rule.name}' has no option '{option}'"
@@ -186,6 +192,31 @@ def bind(rule: Rule, options: Mapping[str, object]) -> RuleInstance:
             remedy = f"{error.remedy} ({param.about})"
             raise RuleError(cause, where=rule.place("params", name), found=error.found, remedy=remedy) from None
     return RuleInstance(rule, params)
+
+
+def _without_keep(rule: Rule, options: Mapping[str, object]) -> Mapping[str, object]:
+    """Options of which `keep` became the parameters that the rule's `budget` sets by it."""
+    sets = rule.file.budget
+    if not sets or KEEP not in options:
+        return options
+    both = [name for name in options if name in sets]
+    place = rule.place("budget")
+    if both:
+        raise RuleError(
+            f"option '{KEEP}' of rule '{rule.name}' sets '{both[0]}', which is given, too",
+            where=place,
+            remedy=f"give either '{KEEP}' or {', '.join(map(repr, sets))}",
+        )
+    try:
+        value = Budget.parse(options[KEEP]).value
+    except TokredError as error:
+        cause = f"option '{KEEP}' of rule '{rule.name}': {error.cause}"
+        raise RuleError(cause, where=place, found=error.found, remedy=error.remedy) from None
+    tokens = "image.tokens"
+    count = f"min({value}, {tokens})" if isinstance(value, int) else None
+    count = count or f"max({tokens} * {value.numerator} // {value.denominator}, 1)"
+    rest = {name: given for name, given in options.items() if name != KEEP}
+    return {**rest, **{name: re.sub(rf"\b{KEEP}\b", f"({count})", text) for name, text in sets.items()}}
 
 
 def _needs_facts(names: set[str], facts: Mapping[str, int], user: str, place: str) -> None:

@@ -1,12 +1,14 @@
 """The arithmetic that a rule file may put between `${` and `}`: exact, tiny, and unable to run code.
 
-Names, dotted names, whole and decimal numbers, `+ - * / //`, unary minus, `min` and `max`: nothing else. Numbers are
+Names, dotted names, whole and decimal numbers, `+ - * / //`, unary minus, `min`, `max` and `isqrt`, the whole part of a
+square root: nothing else. Numbers are
 `int` or `Fraction`, never floats, because a budget that is a hair off keeps another number of tokens.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,7 @@ MAX_DEPTH = 24
 _HOLE = re.compile(r"\$\{([^{}]*)\}")
 _ALLOWED = re.compile(r"[A-Za-z0-9_.+\-*/(), ]")
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
-_GRAMMAR = "names, numbers, + - * / //, unary minus, parentheses, min(...) and max(...)"
+_GRAMMAR = "names, numbers, + - * / //, unary minus, parentheses, min(...), max(...) and isqrt(...)"
 _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,7 +34,14 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Div: lambda left, right: Fraction(left) / Fraction(right),
     ast.FloorDiv: operator.floordiv,
 }
-_CALLS: dict[str, Callable[..., Number]] = {"min": min, "max": max}
+
+
+def _isqrt(values: list[Number]) -> int:
+    (value,) = values
+    return math.isqrt(math.floor(value))
+
+
+_CALLS: dict[str, Callable[[list[Number]], Number]] = {"min": min, "max": max, "isqrt": _isqrt}
 RESERVED_NAMES = frozenset(_CALLS)
 
 
@@ -175,13 +184,20 @@ def _eval(node: ast.expr, source: str, names: Mapping[str, Value]) -> Number:
     if isinstance(node, ast.UnaryOp):
         return -values[0]
     if isinstance(node, ast.Call):
-        return _CALLS[node.func.id](values)
+        return _call(node, source, values)
     try:
         return _BINARY[type(node.op)](*values)
     except ZeroDivisionError:
         raise _fail(
             source, node.col_offset, f"'{_piece(node, source)}' divides by zero", "change the divisor"
         ) from None
+
+
+def _call(node: ast.Call, source: str, values: list[Number]) -> Number:
+    if node.func.id == "isqrt" and (len(values) != 1 or values[0] < 0):
+        cause = f"'{_piece(node, source)}' is a square root of {', '.join(map(str, values))}"
+        raise _fail(source, node.col_offset, cause, "isqrt takes one number that is not negative")
+    return _CALLS[node.func.id](values)
 
 
 def _look_up(name: str, node: ast.expr, source: str, names: Mapping[str, Value]) -> Number:

@@ -22,6 +22,7 @@ NUMERIC = ("int", "float", "ratio_or_count")
 
 FACTS = {
     "vision.depth": "blocks of the vision tower",
+    "vision.used": "blocks of the vision tower whose output the model uses",
     "vision.class_tokens": "class and register tokens of the vision tower",
     "decoder.depth": "blocks of the decoder",
     "encoder.depth": "blocks of the encoder",

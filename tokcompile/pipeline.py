@@ -113,12 +113,23 @@ def _turn_decode(
     applied.steps += ctx.log
 
 
+def _patches(program: Program, sites: Sites, others: int) -> int | None:
+    """How many patches the tower of a model without a decoder ends with, where that is known."""
+    stack = sites.stacks["vision"]
+    tokens = stack.blocks[stack.features].output.meta["val"].shape[1]
+    return tokens - others if isinstance(tokens, int) else None
+
+
 def facts(program: Program, sites: Sites) -> dict[str, int]:
     """What rule files may compute with: depths, the numbers of class and image tokens, and the patch grid."""
     found = {f"{name}.depth": len(stack.blocks) for name, stack in sites.stacks.items()}
+    if "vision" in sites.stacks:
+        found["vision.used"] = sum(block.live for block in sites.stacks["vision"].blocks)
     others = class_tokens(program, sites)
     if others is not None:
         found["vision.class_tokens"] = others
+        if sites.projector is None and (patches := _patches(program, sites, others)):
+            found["image.tokens"] = patches
     made = features(program, sites) if sites.projector is not None else None
     if made is None or (made.packed and images_per_row(program, sites, made) != 1):
         return found

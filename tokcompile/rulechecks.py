@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tokcompile.binding import KEEP
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
 from tokcompile.params import FACTS
@@ -20,6 +21,7 @@ _OPTION_KEYS = frozenset({"rule", "rules"})
 def check_rule(rule: Rule) -> Iterator[str]:
     """Raise RuleError at the first thing that cannot work; yield what is odd, each with file and line."""
     _check_params(rule)
+    _check_budget(rule)
     made = _check_names(rule)
     used: set[str] = set()
     for step in rule.steps:
@@ -43,6 +45,29 @@ def _check_params(rule: Rule) -> None:
             cause = f"default of parameter '{name}': {error.cause}"
             place = rule.place("params", name, "default")
             raise RuleError(cause, where=place, found=error.found, remedy=error.remedy) from None
+
+
+def _check_budget(rule: Rule) -> None:
+    for name, text in rule.file.budget.items():
+        place = rule.place("budget", name)
+        if KEEP in rule.params:
+            cause = f"'budget' says what '{KEEP}' sets, and there is a parameter of that name"
+            raise RuleError(cause, where=place, remedy="remove one of them")
+        if name not in rule.params:
+            cause = f"'budget' sets '{name}', which is no parameter"
+            raise RuleError(cause, where=place, remedy=known(name, rule.params))
+        try:
+            names = names_in(text)
+        except TokredError as error:
+            raise RuleError(f"'{name}' of 'budget': {error.cause}", where=place, remedy=error.remedy) from None
+        if KEEP not in names:
+            cause = f"'{name}' of 'budget' does not depend on '{KEEP}'"
+            remedy = "an expression such as ${" + KEEP + " // 2}; for a value that stays, the parameter's default"
+            raise RuleError(cause, where=place, found=text, remedy=remedy)
+        try:
+            rule.bind(**{KEEP: 1})
+        except TokredError as error:
+            raise RuleError(f"'{name}' of 'budget': {error.cause}", where=place, remedy=error.remedy) from None
 
 
 def _check_names(rule: Rule) -> dict[str, Step]:

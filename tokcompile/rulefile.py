@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, cr
 from pydantic_core import ErrorDetails
 
 from tokcompile import yamlfile
-from tokcompile.binding import ResolvedRule, RuleInstance, bind
+from tokcompile.binding import KEEP, ResolvedRule, RuleInstance, bind
 from tokcompile.errors import RuleError, known
 from tokcompile.fields import NAME_PATTERN, Name, wrong
 from tokcompile.params import Param
@@ -77,6 +77,8 @@ class RuleFile(Model):
     """when the rule decides: prefill"""
     params: dict[Name, Param] = Field(default={}, json_schema_extra={"propertyNames": {"pattern": NAME_PATTERN}})
     """what a user may set"""
+    budget: dict[Name, str] = Field(default={}, json_schema_extra={"propertyNames": {"pattern": NAME_PATTERN}})
+    """what the option keep: N sets, where the rule has no such parameter: expressions on keep, a count, and on facts"""
     steps: tuple[StepEntry, ...] = Field(min_length=1)
     """what is done, in order"""
 
@@ -109,6 +111,11 @@ class Rule:
     def params(self) -> dict[str, Param]:
         """Declared parameters by name."""
         return self.file.params
+
+    @property
+    def takes_keep(self) -> bool:
+        """Whether `keep`, the number of image tokens that stay, is an option: a parameter or by the rule's `budget`."""
+        return KEEP in self.params or bool(self.file.budget)
 
     def bind(self, /, **options: object) -> RuleInstance:
         """Return the rule with these values for its parameters, and defaults for the others."""
@@ -234,6 +241,8 @@ def _model_at(location: tuple[str | int, ...]) -> tuple[type[Model], str]:
         return STEPS[location[2]], f"'{location[2]}'"
     if location[:1] == ("params",) and len(location) > 1:
         return Param, f"parameter '{location[1]}'"
+    if location[:1] == ("budget",) and len(location) > 1:
+        return RuleFile, f"'{location[1]}' of 'budget'"
     return (Paper, "'paper'") if location[:1] == ("paper",) else (RuleFile, "the rule file")
 
 

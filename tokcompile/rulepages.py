@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tokcompile.binding import KEEP
 from tokcompile.params import Param
 from tokcompile.rulefile import Rule, load_rule, rule_names
 
@@ -56,6 +57,9 @@ def render_page(rule: Rule, plain: bool, source: bool = False) -> RenderableType
     for name, param in rule.params.items():
         shown = "" if param.paper is None else str(param.paper)
         options.add_row(name, _type(param), Text(str(param.default)), shown, Text(param.about))
+    if rule.file.budget:
+        sets = ", ".join(f"{name}: {text}" for name, text in rule.file.budget.items())
+        options.add_row(KEEP, "ratio_or_count", "", "", Text(f"image tokens kept; sets {sets}"))
     below = [Text(rule.source.rstrip())] if source else [_steps(rule, plain), Text(), Text(f"file: {rule.path}")]
     return Group(*head, Text(), options, Text(), *below)
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from rich.progress import Progress
 
-from tokcompile.binding import RuleInstance
+from tokcompile.binding import KEEP, RuleInstance
 from tokcompile.budget import Budget
 from tokcompile.demo import MODEL, answers_of, image_token_of
 from tokcompile.demo_bench import Bench
@@ -28,8 +28,6 @@ from tokcompile.rulefile import Rule, load_rule, rule_names
 
 KEEPS = ("100%", "66%", "50%", "33%", "22%", "11%")
 UNPRUNED = "unpruned"
-KEEP = "keep"
-"""The parameter of a rule that is its budget."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Settings:
     """What one sweep runs.
 
     Attributes:
-        rules: names or paths; none for every rule of the library that has a parameter `keep`.
+        rules: names or paths; none for every rule of the library that takes `keep`.
         keeps: budgets, as a rule takes them.
         images: test images, one question each.
         seed: of the images.
@@ -178,7 +176,7 @@ def run(
         model: another model than the trained one, with `questions` for it.
 
     Raises:
-        RuleError: there is no such rule, it has no parameter `keep`, or a budget is none.
+        RuleError: there is no such rule, it takes no `keep`, or a budget is none.
         TokredError: there is no such target.
     """
     _check(settings)
@@ -222,13 +220,13 @@ def _check(settings: Settings) -> None:
 def _rules(named: Sequence[str]) -> list[Rule]:
     """The rules that are named, each of which must have a budget; else all of the library that have one."""
     rules = [load_rule(name) for name in named or rule_names()]
-    lacking = [rule for rule in rules if KEEP not in rule.params]
+    lacking = [rule for rule in rules if not rule.takes_keep]
     if named and lacking:
         raise RuleError(
-            f"rule '{lacking[0].name}' has no parameter '{KEEP}', which a sweep sets",
+            f"rule '{lacking[0].name}' has no option '{KEEP}', which a sweep sets",
             where=lacking[0].path,
             found=", ".join(lacking[0].params) or "no parameters",
-            remedy=f"a rule with `{KEEP}`: {', '.join(n for n in rule_names() if KEEP in load_rule(n).params)}",
+            remedy=f"a rule with `{KEEP}`: {', '.join(n for n in rule_names() if load_rule(n).takes_keep)}",
         )
     return [rule for rule in rules if rule not in lacking]
 

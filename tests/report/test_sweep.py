@@ -193,13 +193,13 @@ def test_settings_that_are_none(
 def test_a_rule_without_a_budget(model: torch.nn.Module, questions: Questions, tmp_path: Path) -> None:
     path = tmp_path / "fixed.yaml"
     path.write_text(LATE.replace("keep: {type", "kept: {type").replace("${keep}", "${kept}"))
-    with pytest.raises(RuleError, match="has no parameter 'keep'"):
+    with pytest.raises(RuleError, match="has no option 'keep'"):
         sweep_of(model, questions, tmp_path, rules=(str(path),))
 
 
 def test_every_rule_with_a_budget_is_swept_by_default() -> None:
     names = [rule.name for rule in sweep._rules(())]
-    assert names == [name for name in rule_names() if "keep" in load_rule(name).params] and "random" in names
+    assert names == [name for name in rule_names() if load_rule(name).takes_keep] and "random" in names
 
 
 def test_a_file_that_holds_no_cells(tmp_path: Path) -> None:

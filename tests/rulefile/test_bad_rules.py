@@ -95,6 +95,34 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
     assert [step.line for step in rule.steps] == [8, 9, 10, 11, 12]
 
 
+KEPT = "  keep: {type: ratio_or_count, default: 0.5, about: tokens kept}"
+BUDGETED = GOOD.replace(KEPT, "budget:\n  layer: '${keep}'")
+# text of the budget, new text, piece of the cause, piece of the remedy
+BAD_BUDGET = {
+    "of no parameter": ("  layer: '", "  layr: '", "which is no parameter", "did you mean 'layer'"),
+    "that does not depend on keep": ("${keep}'", "${vision.depth}'", "does not depend on 'keep'", "${keep // 2}"),
+    "that is no expression": ("'${keep}'", "keep", "does not depend on 'keep'", "${keep // 2}"),
+    "of a wrong expression": ("${keep}'", "${keep ** 2}'", "operator", "isqrt"),
+    "of an unknown fact": ("${keep}'", "${keep + image.token}'", "not a fact", "did you mean 'image.tokens'"),
+    "that is not text": ("'${keep}'", "3", "'layer' of 'budget'", ""),
+    "beside a parameter keep": ("budget:", f"{KEPT}\nbudget:", "a parameter of that", "one"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BUDGET)
+def test_a_wrong_budget(kind: str, tmp_path: Path) -> None:
+    old, new, cause, remedy = BAD_BUDGET[kind]
+    text = BUDGETED.replace('keep: "${keep}"', "keep: 3")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert load_rule(path).takes_keep
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(RuleError) as caught:
+        load_rule(path)
+    assert cause in caught.value.cause and remedy in caught.value.remedy, str(caught.value)
+    assert caught.value.where[0].startswith(f"{path}:")
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_error_names_line_and_remedy(kind: str, tmp_path: Path) -> None:
     old, new, line, cause, remedy = BAD[kind]

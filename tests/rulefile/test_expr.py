@@ -116,6 +116,8 @@ def test_refuses_everything_else(source: str) -> None:
         ("  kep * 2", "kep", 3),
         ("1 / (keep - 192)", "divides by zero", 1),
         ("keep ** 2", "**", 5),
+        ("1 + isqrt(0 - 1)", "square root of -1", 4 + 1),
+        ("isqrt(4, 9)", "square root of 4, 9", 1),
     ],
 )
 def test_an_error_names_the_piece_and_its_column(source: str, piece: str, column: int) -> None:
@@ -123,6 +125,12 @@ def test_an_error_names_the_piece_and_its_column(source: str, piece: str, column
         evaluate(source, NAMES)
     assert piece in caught.value.cause
     assert f"column {column}" in caught.value.cause
+
+
+@given(st.fractions(0, 10**12))
+def test_isqrt_is_the_largest_whole_number_whose_square_fits(value: Fraction) -> None:
+    root = evaluate("isqrt(keep)", {"keep": value})
+    assert type(root) is int and root * root <= value < (root + 1) * (root + 1)
 
 
 def test_a_misspelt_name_gets_the_nearest_one() -> None:

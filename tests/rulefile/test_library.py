@@ -13,7 +13,7 @@ import yaml
 
 from tokcompile.budget import Budget
 from tokcompile.errors import RuleError
-from tokcompile.rulefile import LIBRARY, Rule, json_schema, load_rule, parse_rules, rule_names
+from tokcompile.rulefile import LIBRARY, Rule, RuleInstance, json_schema, load_rule, parse_rules, rule_names
 from tokcompile.steps import Step
 
 OTHER = {
@@ -32,6 +32,7 @@ OTHER = {
 }
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}
+TOWER = FACTS | {"vision.used": 23, "vision.class_tokens": 1, "image.tokens": 576}
 SCHEMA = Path(__file__).parents[2] / "docs" / "rule.schema.json"
 
 
@@ -51,7 +52,19 @@ class TestEveryRule:
         jsonschema.validate(yaml.safe_load((LIBRARY / f"{name}.yaml").read_text()), json_schema())
 
     def test_prints_back_as_an_equal_rule(self, name: str, tmp_path: Path) -> None:
-        instance = load_rule(name).bind(**OTHER.get(name, {"keep": "1/7"}))
+        self._prints_back(load_rule(name).bind(**OTHER.get(name, {"keep": "1/7"})), tmp_path)
+
+    @pytest.mark.parametrize("keep", [9, "1/7"])
+    def test_with_a_budget_prints_back_as_an_equal_rule(self, name: str, keep: object, tmp_path: Path) -> None:
+        rule = load_rule(name)
+        if rule.takes_keep:
+            self._prints_back(rule.bind(keep=keep), tmp_path)
+        else:
+            with pytest.raises(RuleError, match="no option 'keep'"):
+                rule.bind(keep=keep)
+
+    @staticmethod
+    def _prints_back(instance: RuleInstance, tmp_path: Path) -> None:
         path = tmp_path / "back.yaml"
         path.write_text(instance.as_yaml())
         back = load_rule(path).bind()
@@ -112,6 +125,44 @@ def test_fastv_places() -> None:
     assert resolved.steps[0].address.index == 2
     assert resolved.steps[2].at == "decoder.3.input"
     assert resolved.steps[2].positions == "keep"
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "sets"),
+    [
+        ("tome", 192, {"pairs": 17}),  # 23 blocks, 384 patches to merge away: 16 a block leave 208
+        ("tome", "100%", {"pairs": 0}),
+        ("visionzip", 64, {"dominant": 54, "contextual": 10}),
+        ("visionzip", 128, {"dominant": 108, "contextual": 20}),
+        ("visionzip", "1/3", {"dominant": 162, "contextual": 30}),
+        ("vqtoken", 12, {"codes": 12}),
+        ("vqtoken", 1000, {"codes": 576}),
+        ("vqtoken", "0.1%", {"codes": 1}),
+        ("tokenflex", "25%", {"n": 12}),
+        ("tokenflex", 63, {"n": 7}),
+    ],
+)
+def test_keep_sets_what_a_rule_has_instead(name: str, keep: object, sets: dict[str, int]) -> None:
+    rule = load_rule(name)
+    instance = rule.bind(keep=keep)
+    resolved = instance.resolve(TOWER)
+    assert {key: resolved.params[key] for key in sets} == sets
+    assert instance == rule.bind(keep=keep) != rule.bind()
+    with pytest.raises(RuleError, match="needs 'image.tokens'"):
+        instance.resolve(FACTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"keep": 0}, "not a number of tokens"),
+        ({"keep": 64, "dominant": 5}, "'keep' of rule 'visionzip' sets 'dominant'"),
+    ],
+)
+def test_wrong_keep(options: dict, cause: str) -> None:
+    with pytest.raises(RuleError, match=cause) as caught:
+        load_rule("visionzip").bind(**options)
+    assert caught.value.where[0].startswith("tokcompile/rules/visionzip.yaml:") and caught.value.remedy
 
 
 def test_random_among() -> None:
