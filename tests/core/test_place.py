@@ -360,7 +360,7 @@ def test_one_slot_is_the_position_of_the_centre(name: str, tmp_path: Path, one_t
     given = {**family.example(model, batch=1), "use_cache": False}
     imagesizes.install(model)
     given = tokcompile.precompute(model, given)
-    text = (LIBRARY / "ppe.yaml").read_text().replace("decoder.0.input", "projector.output")
+    text = (LIBRARY / "ppe.yaml").read_text()
     both, alone = tmp_path / "both.yaml", tmp_path / "alone.yaml"
     both.write_text(text)
     alone.write_text(text[: text.index("  # A cluster of fewer")])
@@ -387,7 +387,7 @@ def test_text_alone_goes_on_after_merged_tokens() -> None:
         whole = pruned(**given, position_ids=counted, use_cache=True)
         assert difference(out.logits[0], whole.logits[:, -1]) <= 1e-5
         start = given["input_ids"].shape[1]
-        mask = torch.cat([given["attention_mask"].gather(1, torch.tensor(pruned.kept[0])), torch.ones(2, 1).long()], 1)
+        mask = torch.cat([given["attention_mask"].gather(1, torch.tensor(pruned.kept[-1])), torch.ones(2, 1).long()], 1)
         places = torch.tensor([[start - 3], [start - 1]]) + 1
         step = text_of(model)(
             input_ids=out.sequences[:, start : start + 1], past_key_values=whole.past_key_values,
