@@ -24,7 +24,7 @@ from tokcompile.capture import capture
 from tokcompile.carried import Carried
 from tokcompile.models import catalogue
 from tokcompile.passes import PASSES
-from tokcompile.passes.density_peaks import Slots
+from tokcompile.passes.density_peaks import Members
 from tokcompile.passes.merge import METHODS
 from tokcompile.passes.merging import Merging
 from tokcompile.passes.turned import rotary_sites
@@ -292,7 +292,7 @@ def _merged(layout: str, clusters: list[list[int]], slots: int, monkeypatch: pyt
             width = max(len(c) for c in clusters)
             table = [c[i % len(c)] for c in clusters for i in range(max(slots, width))]
             wide = call(aten.view.default, repeated(table), [ROWS, len(clusters), -1])
-            ctx.values["clusters"] = Slots(wide, sequence.axis)
+            ctx.values["clusters"] = Members(wide, sequence.axis)
             means = []
             for cluster in clusters:
                 parts = [call(aten.slice.Tensor, place.node, 1, i, i + 1) for i in cluster]

@@ -23,7 +23,7 @@ tokred = torch.ops.tokred
 
 
 @dataclass(frozen=True, eq=False)
-class Slots:
+class Members:
     """Members of merged tokens, for steps that give a token several positions.
 
     Attributes:
@@ -132,7 +132,7 @@ def _keep_slots(
         flat = ctx.editor.call(aten.flatten.using_ints, table, 1, 2)
         flat = ctx.editor.call(aten.gather.default, places, 1, flat)
         table = ctx.editor.call(aten.unflatten.int, flat, 1, [-1, int(step.slots)])
-    ctx.values[step.name] = Slots(table, axis, places is not None)
+    ctx.values[step.name] = Members(table, axis, places is not None)
 
 
 def _centres(ctx: Context, step: Merge, node: Node, count: Length) -> Node:
