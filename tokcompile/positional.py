@@ -15,7 +15,7 @@ from tokcompile.axes.products import conv
 from tokcompile.axes.rules import RULES as AXIS_RULES
 from tokcompile.axes.rules import ordered, picked_from, source
 from tokcompile.axes.sorts import unsorted
-from tokcompile.axes.windows import windows
+from tokcompile.axes.windows import resampled, windows
 from tokcompile.counts import images_per_row
 from tokcompile.edit import Editor, sub
 from tokcompile.errors import EditError
@@ -129,7 +129,7 @@ def _picked(transport: Transport, node: Node, token_map: TokenMap) -> TokenMap:
 def _refuse_neighbours(transport: Transport, node: Node, token_map: TokenMap) -> None:
     """Convolutions and pools over tokens: what is left would have other neighbours."""
     rule = AXIS_RULES.get(node.target)
-    if rule not in (conv, windows):
+    if rule not in (conv, windows, resampled):
         return
     size = len(transport.of(node.args[1])) - 2 if rule is conv else 2
     spots = transport.where(node.args[0], token_map.axis)

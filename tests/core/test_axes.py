@@ -285,6 +285,24 @@ def test_windows_side_by_side_are_factors_of_rows_and_columns(pool: Any, channel
 @pytest.mark.parametrize(
     "pool",
     [
+        pytest.param(lambda x: F.interpolate(x, size=(4, 3), mode="bilinear"), id="bilinear"),
+        pytest.param(lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), id="nearest"),
+        pytest.param(lambda x: F.interpolate(x, size=(5, 7), mode="bicubic"), id="bicubic"),
+        pytest.param(lambda x: F.adaptive_avg_pool2d(x, (4, 3)), id="adaptive-pool"),
+    ],
+)
+def test_grids_of_another_size_keep_images_and_channels(pool: Any) -> None:
+    program = traced(lambda x: pool(x), torch.zeros(2, 3, 8, 6))
+    axes = infer(program.graph)
+    (x,) = (n for n in program.graph.nodes if n.op == "placeholder")
+    (made,) = results(program)
+    assert not axes.unknown and axes.of(made)[:2] == axes.of(x)[:2]
+    assert not {a for dim in axes.of(made)[-2:] for a in dim} & {a for dim in axes.of(x) for a in dim}
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
         pytest.param(lambda x: F.avg_pool2d(x, 2, stride=1), id="overlapping"),
         pytest.param(lambda x: F.avg_pool2d(x, 2, padding=1), id="padded"),
         pytest.param(lambda x: F.avg_pool2d(x, 4), id="not-whole"),

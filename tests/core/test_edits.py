@@ -309,6 +309,8 @@ REFUSED = {
     "convolution-over-tokens": lambda x, w, i: F.conv1d(x.mT, w[:, :, None].expand(-1, -1, 3), padding=1).mT,
     "convolution-over-a-grid": lambda x, w, i: F.conv2d(x[:, None], torch.ones(1, 1, 1, 3), padding=(0, 1))[:, 0],
     "pool-over-tokens": lambda x, w, i: F.avg_pool2d(x[:, None], (3, 1), (1, 1), (1, 0))[:, 0],
+    "resampled-over-tokens": lambda x, w, i: F.interpolate(x[:, None], size=(3, WIDE), mode="bilinear")[:, 0],
+    "adaptive-pool-over-tokens": lambda x, w, i: F.adaptive_avg_pool2d(x[:, None], (3, WIDE))[:, 0],
     "ranks": lambda x, w, i: x[:, :, 0].argsort(1),
     "index": lambda x, w, i: x[:, i],
     "index-by-rows": lambda x, w, i: x[torch.arange(2), i],

@@ -148,6 +148,22 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         ),
         lambda plan, keep, among: ops.transport_weights(plan, keep, among, "row"),
     ),
+    "clip_stays": (lambda b: (floats(b, 5, 3, 8),), lambda x: ops.clip_stays(x, 4, 1, 1.5, 0.1, 2)),
+    "clip_source": (
+        lambda b: (
+            (torch.arange(15 * b).view(b, 5, 3) % 3) * 3,
+            (torch.arange(15) % 3 == 1).view(5, 3).expand(b, 5, 3) | (torch.arange(5) % 4 == 0)[:, None],
+        ),
+        lambda chosen, stays: ops.clip_source(chosen, stays, 9, 4, 1),
+    ),
+    "merge_clips": (
+        lambda b: (
+            floats(b, 12, 8),
+            floats(b, 5, 3, 8),
+            (torch.arange(15) % 3 == 1).view(5, 3).expand(b, 5, 3) | (torch.arange(5) % 4 == 0)[:, None],
+        ),
+        lambda tokens, x, stays: ops.merge_clips(tokens, x, stays, 1, 0, 4, 1, 1.5, 0.1, 2),
+    ),
     "density_peaks": (lambda b: (floats(b, 12, 4),), lambda x: ops.density_peaks(x, 6, 5)),
     "cluster_labels": (
         lambda b: (floats(b, 12, 4), torch.arange(12).flip(0)[:5].expand(b, 5).clone()),

@@ -147,6 +147,11 @@ def leading(count: int) -> Callable[[Context, Node], Dims]:
     return lambda ctx, node: list(ctx.of(node.args[0])[:count])
 
 
+def clip_source(ctx: Context, node: Node) -> Dims:
+    """tokred::clip_source: the tokens that are left of each video."""
+    return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
+
+
 OURS: dict[str, Callable[[Context, Node], Any]] = {
     "gather_tokens": gather_tokens,
     "kept_indices": kept_indices,
@@ -163,6 +168,9 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "held_slots": held_slots,
     "long_runs": like_first,
     "match_pairs": match_pairs,
+    "clip_stays": leading(3),
+    "clip_source": clip_source,
+    "merge_clips": like_first,
     "merge_pairs": merge_pairs,
     "inverse_map": inverse_map,
     "attention_received": received,

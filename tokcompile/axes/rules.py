@@ -30,7 +30,7 @@ from tokcompile.axes.views import (
     unsqueeze,
     view,
 )
-from tokcompile.axes.windows import windows
+from tokcompile.axes.windows import resampled, windows
 
 aten = torch.ops.aten
 
@@ -303,6 +303,7 @@ _register(
 _register(conv, "conv1d", "conv2d", "conv3d", "convolution.default")
 _register(masked_scatter, "masked_scatter")
 _register(windows, "avg_pool2d", "im2col")
+_register(resampled, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "adaptive_avg_pool2d")
 
 _register(einsum, "einsum")
 _register(grouped, "_grouped_mm", "_scaled_grouped_mm")

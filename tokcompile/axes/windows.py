@@ -1,4 +1,4 @@
-"""Axis rules of operators that go over rows and columns in windows side by side."""
+"""Axis rules of operators that make other rows and columns: windows side by side, and grids of another size."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def windows(ctx: Context, node: Node) -> Dims:
     if not unfolds:
         return [*dims[:-2], *outer]
     return [*dims[:-3], (*dims[-3], *inner[0], *inner[1]), (*outer[0], *outer[1])]
+
+
+def resampled(ctx: Context, node: Node) -> Dims:
+    """Interpolation and adaptive pools of [B, C, H, W]: rows and columns anew, each image and channel by itself."""
+    return [*ctx.of(node.args[0])[:-2], *(fresh(size) for size in shape(node)[-2:])]
 
 
 def _side_by_side(node: Node, sides: list[int], unfolds: bool) -> bool:

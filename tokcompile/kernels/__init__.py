@@ -10,6 +10,8 @@ if __name__ == "tokcompile.kernels":
     from .attention_received import attention_received
     from .attention_row import attention_row
     from .clear_slots import clear_slots
+    from .clip_source import clip_source
+    from .clip_stays import clip_stays
     from .cluster_labels import cluster_labels
     from .cluster_slots import cluster_slots
     from .density_peaks import density_peaks
@@ -31,6 +33,7 @@ if __name__ == "tokcompile.kernels":
     from .mark_tokens import mark_tokens
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
+    from .merge_clips import merge_clips
     from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
     from .mix_tokens import mix_tokens
@@ -63,6 +66,8 @@ __all__ = [
     "attention_received",
     "attention_row",
     "clear_slots",
+    "clip_source",
+    "clip_stays",
     "cluster_labels",
     "cluster_slots",
     "define",
@@ -85,6 +90,7 @@ __all__ = [
     "mark_tokens",
     "masked_mean",
     "match_pairs",
+    "merge_clips",
     "merge_pairs",
     "merge_weights",
     "mix_tokens",
