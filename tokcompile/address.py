@@ -14,7 +14,7 @@ from tokcompile.expr import has_expression
 STACKS = ("vision", "decoder", "encoder")
 BLOCK_PARTS = ("attention", "input", "middle", "output", "cache", "rotary")
 WHOLE = {
-    "projector": ("input", "output"),
+    "projector": ("input", "patches", "output"),
     "splice": ("input", "output"),
     "embedding": ("output",),
     "head": ("input",),

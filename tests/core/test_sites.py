@@ -195,6 +195,7 @@ def test_every_address_that_is_listed_resolves(llava: Sites) -> None:
         "vision.0..2.input",
         "decoder.0..2.attention",
         "projector.input",
+        "projector.patches",
         "splice.output",
         "embedding.output",
         "head.input",
@@ -220,6 +221,7 @@ def test_addresses_with_two_spellings_are_one_place(llava: Sites, text: str, sam
     [
         ("vision.0.input", "vision"),
         ("projector.input", "vision"),
+        ("projector.patches", "vision"),
         ("splice.input", "vision"),
         ("splice.output", "decoder"),
         ("decoder.1.attention", "decoder"),

@@ -76,7 +76,9 @@ def _block(sites: Sites, stack: Stack, address: Address, text: str) -> Block:
 
 
 def _single(sites: Sites, address: Address, text: str) -> Place:
-    if address.stack == "projector" and sites.projector is not None:
+    if text == "projector.patches" and sites.pooling is not None:
+        return Place(text, sites.pooling.patches, owner="vision")
+    if address.stack == "projector" and address.part != "patches" and sites.projector is not None:
         node = sites.projector.input if address.part == "input" else sites.projector.output
         return Place(text, node, owner="vision")
     if address.stack == "splice" and sites.splice is not None:
@@ -86,6 +88,9 @@ def _single(sites: Sites, address: Address, text: str) -> Place:
         return Place(text, sites.embedding, owner="decoder")
     if address.stack == "head" and sites.head is not None:
         return Place(text, sites.head.args[0], owner="decoder")
+    if text == "projector.patches" and sites.projector is not None:
+        why = "the features of all images are in one sequence where the projector reads them"
+        raise _missing(sites, text, why)
     raise _missing(sites, text, f"this graph has no {address.stack}", whole=False)
 
 
@@ -98,7 +103,8 @@ def addresses(sites: Sites) -> list[str]:
         found += [f"{span}.{part}" for part in ("input", "attention", "middle", "output")]
     for name, site in (("projector", sites.projector), ("splice", sites.splice)):
         if site is not None:
-            found += [f"{name}.input", f"{name}.output"]
+            patches = [f"{name}.patches"] if site is sites.projector and sites.pooling is not None else []
+            found += [f"{name}.input", *patches, f"{name}.output"]
     if sites.embedding is not None:
         found.append("embedding.output")
     if sites.head is not None:

@@ -11,6 +11,7 @@ from tokcompile.program import Program
 from tokcompile.sites.attention import Attention, find_attention
 from tokcompile.sites.block import Block, Stack, find_stacks
 from tokcompile.sites.cache import Cache, find_cache
+from tokcompile.sites.pooling import Pooling, find_pooling
 from tokcompile.sites.projector import Projector, find_projector, find_read_projector
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.rotary import Rotary, find_rotary
@@ -43,6 +44,7 @@ class Sites:
     embedding: Node | None
     head: Node | None
     reach: Reach = field(repr=False)
+    pooling: Pooling | None = None
 
     @property
     def phase(self) -> str:
@@ -94,6 +96,8 @@ def find_sites(program: Program) -> Sites:
         None,
         reach,
     )
+    if projector is not None:
+        sites.pooling = find_pooling(projector, reach, program.axes)
     for name, stack in stacks.items():
         padding = _padding(program, stack, reach, _embedding(program, stack, reach))
         if padding is not None:

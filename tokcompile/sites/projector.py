@@ -33,9 +33,9 @@ class Projector:
 def find_projector(vision: Stack, splice: Splice, reach: Reach) -> Projector | None:
     """The first linear map that all image features pass through on their way from the vision stack to the splice."""
     stream = vision.blocks[vision.features].output
-    path = [n for n in reach.order if reach.above(stream, n) and reach.above(n, splice.features)]
+    path = carrying(reach, stream, splice.features)
     data = next((_data(node) for node in path[1:] if node.target in _MIXERS), None)
-    common = _passed(path, [splice.features]) if data is not None else []
+    common = passed(path, [splice.features]) if data is not None else []
     return Projector(data, splice.features) if data is not None and data in common else None
 
 
@@ -43,17 +43,28 @@ def find_read_projector(vision: Stack, readers: list[Attention], reach: Reach) -
     """The first linear map on the way from the vision stack to what text attends to, and the last value all read."""
     stream = vision.blocks[vision.features].output
     goals = [n for site in readers for n in (site.key, site.value) if reach.above(stream, n)]
-    path = [n for n in reach.order if reach.above(stream, n) and any(reach.above(n, goal) for goal in goals)]
-    common = _passed(path, goals) if goals else []
+    path = carrying(reach, stream, *goals)
+    common = passed(path, goals) if goals else []
     data = next((_data(node) for node in common[1:] if node.target in _MIXERS), None)
     return Projector(data, common[-1]) if data is not None else None
+
+
+def carrying(reach: Reach, start: Node, *goals: Node) -> list[Node]:
+    """The nodes between a value and some goals, in order. Integers and masks say which tokens, and carry none."""
+
+    def carries(node: Node) -> bool:
+        value = node.meta.get("val")
+        return not isinstance(value, torch.Tensor) or value.dtype.is_floating_point
+
+    between = (n for n in reach.order if reach.above(start, n) and any(reach.above(n, goal) for goal in goals))
+    return [n for n in between if carries(n)]
 
 
 def _data(mixer: Node) -> Node:
     return mixer.args[1] if mixer.target is aten.addmm.default else mixer.args[0]
 
 
-def _passed(path: list[Node], goals: list[Node]) -> list[Node]:
+def passed(path: list[Node], goals: list[Node]) -> list[Node]:
     """The nodes of a path that every way from its first node to a goal passes, in order: its dominators."""
     inside = {*path, *goals}
     flow = nx.DiGraph((node, user) for node in path for user in node.users if user in inside)
