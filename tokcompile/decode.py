@@ -92,6 +92,8 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
     known = _known(rule, facts)
     found: list[Drop | Merge | Insert] = []
     for step in rule.rule.steps:
+        if isinstance(step, Merge) and str(substitute(str(step.write_back), known)) == "True":
+            continue
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
             found.append(step.model_copy(update=values))

@@ -13,8 +13,8 @@ PASSES = "tokcompile.passes"
 OPS = "tokcompile.ops"
 BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
-    "select": ("topk", "neighbours", "fill", "protect"),
-    "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "density_peaks", "super_tokens"),
+    "select": ("topk", "neighbours", "fill", "protect", "pooled"),
+    "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens"),
     "place": ("variable", "compact", "slots"),
     "rotate": ("base", "content", "digits"),
 }

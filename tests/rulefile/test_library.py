@@ -29,6 +29,7 @@ OTHER = {
     "image": {"tokens": 4},
     "meta_tokens": {"share": 0.25},
     "hita": {"queries": 4},
+    "aot_video": {"anchors": 54},
 }
 """Options of rules that have no budget."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}

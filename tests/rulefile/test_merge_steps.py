@@ -42,6 +42,8 @@ def _load(step: str, folder: Path) -> RuleError | None:
         NEAREST,
         f"{NEAREST}, content: sum, lead: true",
         "by: kmeans, count: 3, iterations: 5, seed: 1, normalise: false",
+        "by: transport, keep: stay, hard: 0.1, write_back: true",
+        'by: clips, keep: stay, clip: "${side}", ratio: 0.3, spread: 1.5, temperature: 0.1, iterations: 2',
     ],
 )
 def test_a_step_with_its_fields_is_good(step: str, tmp_path: Path) -> None:
@@ -58,6 +60,11 @@ def test_a_step_with_its_fields_is_good(step: str, tmp_path: Path) -> None:
         ("by: pool, rows: 2, count: 3", "does not use 'count'", "pairs, nearest, kmeans"),
         ("by: kmeans, count: 3, content: sum", "does not use 'content'", "nearest"),
         ("by: kmeans, count: 3, proportional: false", "does not use 'proportional'", "pairs"),
+        ("by: clips, keep: stay, clip: 4", "'by: clips' needs 'ratio'", "share of the tokens"),
+        ("by: clips, keep: stay, ratio: 0.3", "'by: clips' needs 'clip'", "frames of a clip"),
+        ("by: clips, keep: stay, clip: 0, ratio: 0.3", "is not a number from 1 on", "at least 1"),
+        ("by: clips, keep: stay, clip: 4, ratio: 30", "30 is no share", "from 0 to 1"),
+        ("by: clips, keep: stay, clip: 4, ratio: 0.3, write_back: true", "does not use 'write_back'", "transport"),
         ("by: pool, rows: 0", "'rows: 0' of by: pool is not a number from 1 on", "at least 1"),
         ("by: kmeans, count: 0", "is not a number from 1 on", "at least 1"),
         ("by: kmeans, count: [1, 2]", "is not a number from 1 on", "whole number"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -80,6 +80,14 @@ class Context:
         self.program.changed()
         self.sites = find_sites(self.program)
         self.editor = Editor(self.program, self.editor.rule, self.counts)
+
+    def renew(self) -> None:
+        """Match the sites again, after an edit that changed no axis: what earlier steps made stays valid."""
+        self.refresh()
+        for name, made in self.values.items():
+            if isinstance(made, Scores | Selection):
+                dims = self.program.axes.of(made.node if isinstance(made, Scores) else made.mask)
+                self.values[name] = replace(made, axis=dims[1])
 
     def image_mask(self, axis: Dim) -> Node:
         """bool [B, T] on a text axis: where features of images and videos stand."""

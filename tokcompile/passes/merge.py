@@ -11,6 +11,7 @@ from torch.fx import Node
 from tokcompile.counts import images_per_row
 from tokcompile.edit import length_value
 from tokcompile.errors import EditError
+from tokcompile.passes.clips import merge_clips
 from tokcompile.passes.context import Context
 from tokcompile.passes.density_peaks import merge_by_density
 from tokcompile.passes.drop import check_positions
@@ -22,6 +23,7 @@ from tokcompile.passes.pairs import merge_pairs
 from tokcompile.passes.pool import pool
 from tokcompile.passes.restore import restore
 from tokcompile.passes.super_tokens import attend_to_super_tokens
+from tokcompile.passes.writeback import write_back
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, features, find_shuffle, sequence
@@ -36,6 +38,7 @@ METHODS: dict[str, Callable[[Context, Merge, Place, Sequence], Merging | None]] 
     "nearest": nearest,
     "kmeans": kmeans,
     "transport": merge_by_transport,
+    "clips": merge_clips,
     "density_peaks": merge_by_density,
 }
 """By the name that `by:` has, what makes a merging of a value [B, T, C], or None to keep all; nodes are inserted after
@@ -62,6 +65,10 @@ def merge(ctx: Context, step: Merge) -> None:
         ctx.log.append(record)
         if made is None:
             record |= {"to": record["from"], "note": "everything is kept: no edit"}
+            return
+        if step.write_back:
+            record |= {"to": record["from"], "note": f"{length_value(made.new)} are merged at their places"}
+            write_back(ctx, place, made)
             return
         record["to"] = str(length_value(made.new))
         like = ctx.editor.call(aten.select.int, rows, -1, 0)

@@ -13,6 +13,7 @@ from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.passes.fold import scores_of_features
+from tokcompile.passes.pooled import select_pooled, sources
 from tokcompile.passes.width import grid_width
 from tokcompile.sites.features import features, find_fold, sequence
 from tokcompile.sites.features import images_per_row as packed_images
@@ -30,9 +31,9 @@ SQUARE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 
 def select(ctx: Context, step: Select) -> None:
     """Insert the computation of one selection: a bool mask with an exact count per row."""
-    make = {"topk": _topk, "fill": _topk, "neighbours": _neighbours, "protect": _protect}[step.by]
+    ways = {"topk": _topk, "fill": _topk, "neighbours": _neighbours, "protect": _protect, "pooled": select_pooled}
     with ctx.editor.after(_sources(ctx, step)):
-        made = make(ctx, step)
+        made = ways[step.by](ctx, step)
     made.mask.meta["selection"] = step.name
     ctx.values[step.name] = made
     ctx.log.append(
@@ -53,6 +54,8 @@ def _sources(ctx: Context, step: Select) -> list[Node]:
     text = ctx.sites.text_stack()
     if step.by == "protect" and text is not None:
         nodes.append(text[1].blocks[0].input)
+    if step.by == "pooled":
+        nodes += sources(ctx)
     return nodes or [ctx.program.output.prev]
 
 

@@ -12,6 +12,7 @@ from tokcompile.fields import (
     IntOrExpression,
     Name,
     Number,
+    Share,
     Truth,
     one_of,
     wrong,
@@ -28,7 +29,7 @@ class Merge(Step):
     budgeted = "tokens"
 
     by: str
-    """pairs, pool, nearest, kmeans, transport, density_peaks, super_tokens, or the name of a plug-in"""
+    """pairs, pool, nearest, kmeans, transport, clips, density_peaks, super_tokens, or the name of a plug-in"""
     at: AddressText
     """address from which the new tokens stand in place of the old ones; vision.*.middle means every block"""
     name: Name | None = None
@@ -50,7 +51,7 @@ class Merge(Step):
     """columns of that grid, as many as rows by default (pool)"""
     keep: Name | None = None
     """selection of tokens that stay: in front of the merged ones (nearest), or with all others poured into them
-    (transport)"""
+    (transport); tokens of each frame that are not dropped at once (clips)"""
     like: Name | None = None
     """tap of what tokens are compared by, keys as their mean over heads (nearest)"""
     content: one_of("average", "sum") = "average"
@@ -72,15 +73,23 @@ class Merge(Step):
     distance: Number = 0.5
     """weight of the distance on the patch grid, beside 1 - cosine, in the cost of transport (transport)"""
     temperature: Number = 0.1
-    """the smaller, the nearer transport comes to the cheapest assignment (transport)"""
+    """the smaller, the nearer transport comes to the cheapest assignment (transport, clips)"""
     hard: Number = 0
     """share of the mean with the tokens that are most alike, beside what transport brings (transport)"""
     normalise: Truth = True
     """whether tokens are scaled to length one before the mean of a cluster is taken (kmeans)"""
     marginals: one_of("plan", "row") = "plan"
     """plan: each token that stays gets 1/n in all; row: all of each other token arrives (transport)"""
+    write_back: Truth = False
+    """whether no token is lost: merged ones stand at their places, and the others stay as they were (transport)"""
+    clip: IntOrExpression | None = None
+    """frames of a clip; those left over at the end are one of their own (clips)"""
+    ratio: Share | None = None
+    """share of the tokens of a clip's later frames that stay: of m less one, rounded up (clips)"""
+    spread: Number = 1.5
+    """frames after which the cost of transport is near that of frames far apart (clips)"""
     iterations: IntOrExpression = 1
-    """steps of k-means (kmeans), of Sinkhorn's iteration (transport), or of the assignment (super_tokens)"""
+    """steps of k-means (kmeans), of Sinkhorn's iteration (transport, clips), or of the assignment (super_tokens)"""
     cell: CountList = 2
     """patches of a super token's cell: the side of a square, or height and width (super_tokens)"""
     blocks: IntOrExpression | None = None
@@ -102,8 +111,8 @@ class Merge(Step):
         if self.by == "super_tokens":
             self._check_attention()
         elif self.by != "pairs":
-            single_part(self, ("input", "output", "middle"), f"by: {self.by}")
-            for field in ("count", "rows", "columns", "iterations", "neighbours", "slots"):
+            single_part(self, ("input", "output", "middle", "patches"), f"by: {self.by}")
+            for field in ("count", "rows", "columns", "iterations", "neighbours", "slots", "clip"):
                 self._check_number(field)
         return self
 
@@ -130,7 +139,8 @@ _FIELDS = {
     "pool": ("rows", "columns", "positions"),
     "nearest": ("keep", "like", "count", "content", "lead", "positions"),
     "kmeans": ("count", "iterations", "seed", "normalise", "positions"),
-    "transport": ("keep", "distance", "temperature", "iterations", "hard", "marginals", "positions"),
+    "transport": ("keep", "distance", "temperature", "iterations", "hard", "marginals", "write_back", "positions"),
+    "clips": ("keep", "clip", "ratio", "spread", "temperature", "iterations", "positions"),
     "density_peaks": ("name", "tokens", "round", "order", "neighbours", "slots", "positions", "restore"),
     "super_tokens": ("cell", "iterations", "mask_ghosts", "blocks"),
 }
@@ -141,6 +151,7 @@ _NEEDED = {
     "nearest": ("keep", "like", "count"),
     "kmeans": ("count",),
     "transport": ("keep",),
+    "clips": ("keep", "clip", "ratio"),
     "density_peaks": ("tokens",),
 }
 

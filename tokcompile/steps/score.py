@@ -52,5 +52,6 @@ class Score(Step):
             needs(self, ("to",), self.by)
         if self.at is not None:
             is_rows = self.by in rows
-            single_part(self, ("attention",) if is_rows else ("attention", "input", "output"), f"by: {self.by}")
+            parts = ("attention",) if is_rows else ("attention", "input", "patches", "output")
+            single_part(self, parts, f"by: {self.by}")
         return self

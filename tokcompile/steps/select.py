@@ -19,7 +19,7 @@ class Select(Step):
     name: Name
     """name under which later steps use the selection"""
     by: str
-    """topk, neighbours, fill, protect, or the name of a plug-in"""
+    """topk, neighbours, fill, protect, pooled, or the name of a plug-in"""
     scores: Name | None = None
     """the scores that decide (topk, fill)"""
     among: one_of("image", "text", "all") = "image"
@@ -31,7 +31,7 @@ class Select(Step):
     allow_zero: Truth = False
     """whether a budget that rounds to 0 stays 0; else at least one token is kept"""
     of: Name | None = None
-    """the selection whose neighbours are chosen"""
+    """the selection whose neighbours are chosen (neighbours), or of whose patches features are made (pooled)"""
     offsets: Offsets = "cross"
     """neighbours on the patch grid: cross (itself and 4), square (itself and 8), or pairs [rows, columns]"""
     edges: one_of("clamp_flat", "grid") = "clamp_flat"
@@ -50,7 +50,8 @@ class Select(Step):
     def _check(self) -> Select:
         known_by(self, self.by)
         counted, stencil = ("topk", "fill"), ("neighbours",)
-        users = {"scores": counted, "keep": counted, "round": counted, "allow_zero": counted, "of": stencil}
+        sized = (*counted, "pooled")
+        users = {"scores": counted, "keep": sized, "round": sized, "allow_zero": counted, "of": (*stencil, "pooled")}
         users |= {
             "offsets": stencil,
             "edges": stencil,
@@ -60,5 +61,6 @@ class Select(Step):
         }
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
-        needs(self, {**required, "protect": ("protect",)}.get(self.by, ()), self.by)
+        required |= {"protect": ("protect",), "pooled": ("of", "keep")}
+        needs(self, required.get(self.by, ()), self.by)
         return self
