@@ -12,6 +12,7 @@ if __name__ == "tokcompile.kernels":
     from .clear_slots import clear_slots
     from .clip_source import clip_source
     from .clip_stays import clip_stays
+    from .close_gaps import close_gaps
     from .cluster_labels import cluster_labels
     from .cluster_slots import cluster_slots
     from .density_peaks import density_peaks
@@ -22,6 +23,7 @@ if __name__ == "tokcompile.kernels":
     from .first_members import first_members
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
+    from .image_starts import image_starts
     from .insert_tokens import insert_tokens
     from .inserted_source import inserted_source
     from .inverse_map import inverse_map
@@ -68,6 +70,7 @@ __all__ = [
     "clear_slots",
     "clip_source",
     "clip_stays",
+    "close_gaps",
     "cluster_labels",
     "cluster_slots",
     "define",
@@ -79,6 +82,7 @@ __all__ = [
     "first_members",
     "gather_tokens",
     "held_slots",
+    "image_starts",
     "insert_tokens",
     "inserted_source",
     "inverse_map",
