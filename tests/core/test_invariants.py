@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import fleet
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import tokcompile
 
 PADS = {"none": (), "left": (2, 0, 1)}
-CORE = {"fastv", "hiprune", "random", "tome", "visionzip", "pospad", "meta_tokens", "v2pe"}
-"""A rule of each verb and place, of which `make test` asks all that `make test-slow` asks of every rule."""
+CORE = {"fastv", "hiprune", "tome", "pospad", "meta_tokens", "v2pe"}
+"""A rule of each verb and place, of which `make test` asks most of what `make test-slow` asks of every rule."""
+COMPILED, DYNAMIC = {"hiprune", "pospad"}, {"fastv", "tome"}
+"""Those that `make test` compiles by Inductor and for all lengths, which takes long."""
 USUAL = 3
 """Cases of the matrix that `make test` runs of every other rule."""
 
@@ -47,9 +49,9 @@ def _matrix() -> list[Any]:
     return cases
 
 
-def _each(rules: Iterable[str], *more: Any) -> list[Any]:
+def _each(rules: Iterable[str], *more: Any, core: Collection[str] = CORE) -> list[Any]:
     """Rules as cases of a test, those beyond the core marked as slow."""
-    return [pytest.param(rule, *more, marks=() if rule in CORE else (pytest.mark.slow,)) for rule in rules]
+    return [pytest.param(rule, *more, marks=() if rule in core else (pytest.mark.slow,)) for rule in rules]
 
 
 def _checked(pruned: Pruned, out: Any, ran: naive.Ran, tolerance: float) -> None:
@@ -177,7 +179,7 @@ def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
 SHAPES = ((2, (1, 0), 7), (2, (0, 3), 11), (2, (), 47), (4, (2, 0, 1), 7))
 
 
-@pytest.mark.parametrize("rule", _each(IN_TEXT))
+@pytest.mark.parametrize("rule", _each(IN_TEXT, core=DYNAMIC))
 def test_one_dynamic_graph_serves_all_lengths(rule: str) -> None:
     """Among the lengths is one that makes the sequence as long as the stream is wide.
 
@@ -224,7 +226,7 @@ def test_a_share_of_a_symbolic_length_follows_it(name: str, keep: Any) -> None:
     assert len(pruned.report.graphs) == 1
 
 
-@pytest.mark.parametrize(("rule", "target"), [*_each(IN_TEXT, "inductor"), ("fastv", "aot_eager")])
+@pytest.mark.parametrize(("rule", "target"), [*_each(IN_TEXT, "inductor", core=COMPILED), ("fastv", "aot_eager")])
 def test_compiled_targets_equal_the_run_by_hand(rule: str, target: str) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS["left"])
