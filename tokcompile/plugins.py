@@ -15,6 +15,7 @@ BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
     "select": ("topk", "neighbours", "fill", "protect"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "density_peaks", "super_tokens"),
+    "layer": ("attention", "gated"),
     "place": ("variable", "compact", "slots"),
     "rotate": ("base", "content", "digits"),
 }

@@ -6,6 +6,7 @@ if __name__ == "tokcompile.kernels":
     # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
     # repository is on the path: nothing is registered then.
     from ._library import define, names, reference_of
+    from .add_tokens import add_tokens
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -18,6 +19,7 @@ if __name__ == "tokcompile.kernels":
     from .elbow import elbow
     from .fill_mask import fill_mask
     from .first_members import first_members
+    from .flagged_tokens import flagged_tokens
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .insert_tokens import insert_tokens
@@ -59,6 +61,7 @@ if __name__ == "tokcompile.kernels":
     from .window_topk_mask import window_topk_mask
 
 __all__ = [
+    "add_tokens",
     "attention",
     "attention_received",
     "attention_row",
@@ -72,6 +75,7 @@ __all__ = [
     "elbow",
     "fill_mask",
     "first_members",
+    "flagged_tokens",
     "gather_tokens",
     "held_slots",
     "insert_tokens",
