@@ -179,12 +179,13 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
     ends = [n for b in blocks for n in (b.attention.query, b.attention.key)]
     last = max(reach.order[end] for end in ends)
     runs = [_Run(frequencies, float(start)) for start in (1, 2)]
+    layers = (n for n in reach.order if n.target is _LAYER)
+    frequencies.layers.extend(n for n in layers if _is_table(n.args[0], frequencies, sites, stack))
     order = [n for n, i in reach.order.items() if reach.order[frequencies.angles] < i <= last]
     for node in order:
         if not any(a in runs[0].values for a in node.all_input_nodes):
             continue
-        if node.target is _LAYER:
-            frequencies.layers.append(node)
+        if node in frequencies.layers:
             continue
         others = [a for a in node.all_input_nodes if a not in runs[0].values and _is_tensor(a)]
         if not others or node.target is _GATHER:
@@ -192,6 +193,12 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
                 run.step(node)
         elif any(reach.above(node, end) for end in ends):
             frequencies.turns.append(_turn(node, runs, frequencies))
+
+
+def _is_table(node: Node, frequencies: Frequencies, sites: Sites, stack: str) -> bool:
+    """Whether a value is made of angles, and of nothing that the blocks of a stack made."""
+    reach = sites.reach
+    return reach.above(frequencies.angles, node) and not reach.above(sites.stacks[stack].blocks[0].attention.node, node)
 
 
 def _is_tensor(node: Node) -> bool:
