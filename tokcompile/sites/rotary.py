@@ -33,8 +33,7 @@ def find_rotary(stack: Stack, reach: Reach, axes: Axes) -> list[Rotary]:
     """Rotary tables that the queries of a stack are turned by; none for learned or absent positions.
 
     Blocks may have tables of their own, as those with a window do, or those behind an edit that numbers positions anew.
-    A table has a row for each token; the sines of a
-    time step, which condition all tokens alike, have none.
+    A table has a row for each token; the sines of a time step, which condition all tokens alike, have none.
     """
     tokens = dict.fromkeys(axes.of(block.attention.query)[-2] for block in stack.blocks)
     by_positions: dict[Node, list[Node]] = {}
