@@ -22,12 +22,12 @@ OTHER = {
     "carope": {"base": 500.0},
     "rope_scaling": {"factor": 2.0},
     "seqpe": {"length": 7},
-    "tokenflex": {"n": 8},
+    "tokenflex": {"n": 8, "mlp": "gated"},
     "visionzip": {"dominant": 20},
     "vqtoken": {"codes": 12},
     "svit_sta": {"cell": 4},
     "image": {"tokens": 4},
-    "meta_tokens": {"share": 0.25},
+    "meta_tokens": {"share": 0.25, "layers": 2},
     "hita": {"queries": 4},
 }
 """Options of rules that have no budget."""
