@@ -366,6 +366,21 @@ def test_the_command_for_people() -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_a_second_opinion() -> None:
+    _, section = only(
+        of_config({"rope_type": "default", "rope_theta": 1e4}, context=512, tables=False, similarity=True)
+    )
+    held, least = section.similarity
+    turns = [1e4 ** (-2 * i / D) for i in range(D // 2)]
+    sums = [math.fsum(math.cos(m * t) for t in turns) for m in range(513)]
+    assert held == next((m for m, total in enumerate(sums) if total < 0), 513) - 1
+    assert least > 0
+    assert all(s.similarity is None for s in zoo("qwen2_5_vl", "64", similarity=True).curves[1].sections)
+    result = RUN.invoke(app, ["lint", "zoo:llava-tiny", "--context", "512", "--similarity"])
+    assert result.exit_code == 0 and "arXiv 2405.14591" in result.stdout
+    assert "second opinion" not in RUN.invoke(app, ["lint", "zoo:llava-tiny", "--no-tables"]).stdout
+
+
 def test_a_model_without_rotary_tables() -> None:
     result = RUN.invoke(app, ["lint", "zoo:gpt2"])
     assert result.exit_code == 0 and "nothing to report" in result.stdout

@@ -159,9 +159,9 @@ def _lift(program: Program) -> list[tuple[str, str, torch.nn.Parameter]]:
         For each the name of its input, its name in the state, and its value.
     """
     added = []
-    brought = [n for n in program.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
-    first = next(n for n in program.graph.nodes if n not in brought)
-    for node in brought:
+    held = [n for n in program.graph.nodes if n.op == "get_attr" and "weight" in n.meta]
+    first = next(n for n in program.graph.nodes if n not in held)
+    for node in held:
         value = program.gm.get_parameter(str(node.target))
         name = f"p_{node.target}"
         with program.graph.inserting_before(first):

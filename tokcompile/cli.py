@@ -220,6 +220,9 @@ def lint(
     eps: Annotated[float, typer.Option(help="Coherence that the slowest frequency keeps, between 0 and 1.")] = 0.95,
     exact_d: Annotated[bool, typer.Option("--exact-d", help="Bounds with the rotary dimension.")] = False,
     tables: Annotated[bool, typer.Option(help="Build the tables of all positions.")] = True,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="A second opinion: how far alike tokens are favoured.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Advise on rotary bases for a length, and on work that a rule does for nothing. Never fails on what it finds."""
@@ -232,7 +235,8 @@ def lint(
 
         lengths = run.Lengths.parse(context or [])
         source = modelsource.load_source(model)
-        found = run.lint(source, lengths, rules=rules, eps=eps, exact_d=exact_d, tables=tables)
+        asked = {"eps": eps, "exact_d": exact_d, "tables": tables, "similarity": similarity}
+        found = run.lint(source, lengths, rules=rules, **asked)
     if as_json:
         print_json(found.to_dict())
     else:

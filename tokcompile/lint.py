@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from tokcompile import ropebounds
+from tokcompile import ropebounds, ropesimilarity
 from tokcompile.binding import RuleInstance
 from tokcompile.buffers import Values
 from tokcompile.errors import TokredError
@@ -67,12 +68,18 @@ class Lengths:
 
 @dataclass(frozen=True)
 class SectionReport:
-    """The bounds for the frequencies of one coordinate; `verdict` is None where they do not say a base."""
+    """The bounds for the frequencies of one coordinate; `verdict` is None where they do not say a base.
+
+    Attributes:
+        similarity: where it was asked for: up to which position these frequencies favour tokens that are alike, and
+            the least base by which they would up to `length`.
+    """
 
     section: Section
     length: float
     verdict: Verdict | None
     base: float | None
+    similarity: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ def lint(
     eps: float = COHERENCE,
     exact_d: bool = False,
     tables: bool = True,
+    similarity: bool = False,
 ) -> Lint:
     """Look at the rotary tables of a model, and at what rules cost in it.
 
@@ -133,6 +141,7 @@ def lint(
         eps: coherence of the slowest frequency, between 0 and 1.
         exact_d: bounds with the rotary dimension, rather than the paper's theta_min ~ 1 / base.
         tables: build the tables of all positions, and count rows that are alike.
+        similarity: hold the frequencies against the second opinion of `ropesimilarity`, too.
 
     Raises:
         TokredError: the model cannot be captured, or eps is out of range.
@@ -146,6 +155,10 @@ def lint(
     curves = []
     for program in programs:
         curves += _curves(program, values, lengths, _configured(source), eps, exact_d, tables)
+    if similarity:
+        curves = [
+            replace(each, sections=tuple(map(partial(_second_opinion, each.curve), each.sections))) for each in curves
+        ]
     balances = [balance(program, rules) for program in programs] if rules else []
     return Lint(source.name, len(programs), eps, exact_d, tuple(curves), tuple(rules), tuple(balances))
 
@@ -204,6 +217,15 @@ def _section(
     )
 
 
+def _second_opinion(curve: Curve, report: SectionReport) -> SectionReport:
+    """With its similarity, where one coordinate has all frequencies: B(m) is a sum over a whole head."""
+    length = int(min(report.length, MOST_POSITIONS))
+    if report.section.coordinate is not None or report.verdict is None:
+        return report
+    found = ropesimilarity.reach(report.section.frequencies, length), ropesimilarity.least_base(length, curve.width)
+    return replace(report, similarity=found)
+
+
 def _curve_data(report: CurveReport) -> dict[str, Any]:
     curve = report.curve
     return {
@@ -226,6 +248,9 @@ def _section_data(report: SectionReport) -> dict[str, Any]:
         "length": report.length,
         "base_eff": report.base,
     }
+    if report.similarity is not None:
+        held, least = report.similarity
+        data["similarity"] = {"source": ropesimilarity.PAPER, "holds_up_to": held, "least_base": least}
     if report.verdict is None:
         return {**data, "verdict": None}
     found = report.verdict

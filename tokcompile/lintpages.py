@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tokcompile import ropesimilarity
 from tokcompile.lint import CurveReport, Lint, SectionReport
 from tokcompile.ropebounds import BOUNDS, PRECISION
 from tokcompile.ropetable import TableCheck
@@ -79,7 +80,18 @@ def _section(report: SectionReport, exact: int | None, eps: float, plain: bool) 
             Text(bound.source),
             Text(bound.caveat),
         )
-    return [Text(words, style=style), result]
+    return [Text(words, style=style), result, *_similarity(report)]
+
+
+def _similarity(report: SectionReport) -> list[RenderableType]:
+    if report.similarity is None:
+        return []
+    held, least = report.similarity
+    words = (
+        f"second opinion, sum of cos(m theta_i) >= 0 for m up to L ({ropesimilarity.PAPER}): holds up to m = {held}; "
+        f"least base of a scan {least:.3g}, within a factor of 2: what fits is no interval"
+    )
+    return [Text(words, style="green" if held >= report.length else "yellow")]
 
 
 def _table_line(check: TableCheck) -> str:

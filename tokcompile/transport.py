@@ -20,6 +20,7 @@ from tokcompile.axes.infer import broadcasts
 from tokcompile.axes.views import SPLITS
 from tokcompile.edit import Editor
 from tokcompile.errors import EditError
+from tokcompile.gathering import gather_dim, gather_flat, rows_apart
 from tokcompile.positions import positions_of, renumber
 from tokcompile.program import place
 from tokcompile.shapes import contains, repair, takes_apart
@@ -264,7 +265,7 @@ class Transport:
         for position, dim in enumerate(dims):
             if contains(dim, rows):
                 return 0, position if dim == rows else -1
-        if any(self._apart(dims, spot, token_map) is not None for spot in self.where(value, token_map.axis)):
+        if any(rows_apart(dims, spot, token_map) is not None for spot in self.where(value, token_map.axis)):
             return 0, -1
         result = self.of(user)
         at = next((i for i, dim in enumerate(result) if dim == rows), None)
@@ -334,7 +335,7 @@ class Transport:
             if dims[spot] == resolve(token_map.axis):
                 moved = self.editor.call(tokred.gather_tokens.default, moved, token_map.source, spot, batch)
             else:
-                moved = self._move_flat(moved, token_map, spot, dims)
+                moved = gather_flat(self.editor, moved, token_map, spot, dims)
         return inserted.finish(self, value, moved, token_map, aligned, kind)
 
     def _is_position(self, value: Node, token_map: TokenMap) -> bool:
@@ -357,93 +358,10 @@ class Transport:
         return made
 
     def move_dim(
-        self,
-        value: Node,
-        token_map: TokenMap,
-        spot: int,
-        dims: list[Dim] | None = None,
+        self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim] | None = None
     ) -> tuple[Node, int, int]:
-        """Gather one dimension of a value by the map.
-
-        Returns:
-            The new value, and its token and batch dimensions. A value without a batch dimension gets one in front,
-            unless the batch is one row.
-        """
-        dims = dims or self.of(value)
-        if dims[spot] != resolve(token_map.axis):
-            return self._move_flat(value, token_map, spot, dims), spot, spot
-        batch = self._batch(value, dims, spot, token_map)
-        if batch >= 0:
-            return self.editor.call(tokred.gather_tokens.default, value, token_map.source, spot, batch), spot, batch
-        wide = self.editor.call(aten.unsqueeze.default, value, 0)
-        moved = self.editor.call(tokred.gather_tokens.default, wide, token_map.source, spot + 1, 0)
-        if token_map.rows:
-            return moved, spot + 1, 0
-        return self.editor.call(aten.squeeze.dim, moved, 0), spot, 0
-
-    def _batch(self, value: Node, dims: list[Dim], spot: int, token_map: TokenMap) -> int:
-        rows = resolve(token_map.rows)
-        for position, dim in enumerate(dims):
-            if rows and dim == rows:
-                return position
-        free = [i for i, dim in enumerate(dims) if not dim and i != spot]
-        if free and free[0] == 0:
-            return 0
-        if dims[0] and spot != 0:
-            raise EditError(
-                "a value cannot be gathered row by row",
-                where=[place(value)],
-                found=f"{tuple(value.meta['val'].shape)} has no batch dimension in front of its tokens",
-            )
-        return -1
-
-    def _move_flat(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim]) -> Node:
-        """Gather a dimension that flattens batch rows and tokens together, or tokens and the parts of each."""
-        apart = self._apart(dims, spot, token_map)
-        if apart is not None:
-            return self._move_apart(value, token_map, spot, dims, apart)
-        axis, rows = resolve(token_map.axis), resolve(token_map.rows)
-        batch = next((i for i, dim in enumerate(dims) if rows and dim == rows), -1)
-        lead = rows if batch < 0 else ()
-        width = len(lead) + len(axis)
-        parts = product(dims[spot][width:])
-        if dims[spot][:width] != (*lead, *axis) or not isinstance(parts, int):
-            raise EditError(
-                "the token axis is flattened with another in a way that an edit cannot follow",
-                where=[place(value)],
-                found=f"dimension {spot} of {tuple(value.meta['val'].shape)}",
-            )
-        shape: list[Any] = [self.editor.size(value, i) for i in range(value.meta["val"].ndim)]
-        inner = [parts] if len(dims[spot]) > width else []
-        outer = [-1] if batch < 0 else []
-        sizes = [*shape[:spot], *outer, token_map.old, *inner, *shape[spot + 1 :]]
-        apart = self.editor.call(aten.reshape.default, value, sizes)
-        where = spot + len(outer)
-        at = spot if batch < 0 else batch + (batch > spot) * len(inner)
-        picked = self.editor.call(tokred.gather_tokens.default, apart, token_map.source, where, at)
-        return self.editor.call(aten.flatten.using_ints, picked, spot, where + len(inner))
-
-    def _apart(self, dims: list[Dim], spot: int, token_map: TokenMap) -> int | None:
-        """The dimension that holds the first factors of the rows, where the others stand before the tokens of each."""
-        axis, rows = resolve(token_map.axis), resolve(token_map.rows)
-        for count in range(1, len(rows)):
-            if dims[spot] == (*rows[count:], *axis) and rows[:count] in dims[:spot]:
-                return dims.index(rows[:count])
-        return None
-
-    def _move_apart(self, value: Node, token_map: TokenMap, spot: int, dims: list[Dim], batch: int) -> Node:
-        """Gather tokens whose rows are in two dimensions: together for a while, and then as they were."""
-        call = self.editor.call
-        inner = product(dims[spot][: -len(resolve(token_map.axis))])
-        there = list(range(len(dims) + 1))
-        there.insert(batch + 1, there.pop(spot))
-        back = list(range(len(dims) + 1))
-        back.insert(spot, back.pop(batch + 1))
-        wide = call(aten.unflatten.int, value, spot, [inner, token_map.old])
-        wide = call(aten.flatten.using_ints, call(aten.permute.default, wide, there), batch, batch + 1)
-        moved = call(tokred.gather_tokens.default, wide, token_map.source, spot, batch)
-        moved = call(aten.permute.default, call(aten.unflatten.int, moved, batch, [-1, inner]), back)
-        return call(aten.flatten.using_ints, moved, spot, spot + 1)
+        """Gather one dimension of a value by the map; see `gather_dim`."""
+        return gather_dim(self.editor, value, token_map, spot, dims or self.of(value))
 
     def _old_size(self, node: Node) -> None:
         """A size that the model reads keeps its old value: what is made from it is gathered like everything else."""

@@ -37,7 +37,7 @@ def _cases() -> list[Any]:
     return [pytest.param(name, marks=() if name in USUAL else (pytest.mark.slow,), id=name) for name in NAMES]
 
 
-def _positioned(it: families.Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def positioned(it: families.Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs with the positions that `generate` gives: padding counts for none."""
     if "position_ids" not in inspect.signature(it.model.forward).parameters or "position_ids" in it.inputs:
         return inputs
@@ -45,7 +45,7 @@ def _positioned(it: families.Subject, inputs: dict[str, Tensor]) -> dict[str, Te
     return inputs | {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}
 
 
-def _longer(it: families.Subject, inputs: dict[str, Any], token: Tensor) -> dict[str, Any]:
+def longer(it: families.Subject, inputs: dict[str, Any], token: Tensor) -> dict[str, Any]:
     """Inputs with one more token of text, int64 [B, 1]."""
     text = {"token_type_ids": 1 - it.family.options.get("mark", 1), "mm_token_type_ids": 0, "attention_mask": 1}
     more = {name: torch.full_like(token, value) for name, value in text.items()} | {"input_ids": token}
@@ -66,10 +66,10 @@ def by_hand(
     inputs, kept, logits = dict(it.inputs), [list(row) for row in kept], []
     length = inputs["input_ids"].shape[1]
     for step in range(steps):
-        given = _positioned(it, inputs)
+        given = positioned(it, inputs)
         (states,) = families.hand_run(it, "decoder", kept, block, inputs=given, length=length + step, compact=compact)
         logits.append(states[:, -1])
-        inputs = _longer(it, inputs, logits[-1].argmax(-1, keepdim=True))
+        inputs = longer(it, inputs, logits[-1].argmax(-1, keepdim=True))
         kept = [[*row, length + step] for row in kept]
     return torch.stack(logits, 1)
 

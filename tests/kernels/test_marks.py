@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tokcompile.capacity import expected_runs, markers
 from tokcompile.kernels._empty import EMPTY
-from tokcompile.slots import expected_runs, markers
 
 ops = torch.ops.tokred
 rows = st.lists(st.booleans(), min_size=1, max_size=40)

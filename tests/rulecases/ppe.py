@@ -20,7 +20,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     ids = inputs["input_ids"]
     with torch.no_grad():
         images = model.model.multi_modal_projector(naive.vision_features(model, inputs["pixel_values"]))
-    streams, valids, members, kept = [], [], [], []
+    streams, valids, members, middles, kept = [], [], [], [], []
     for b, x in enumerate(images):
         count = keep if isinstance(keep, int) else math.ceil(Fraction(keep) * len(x))
         centres = peaks_by_loops(x.float(), count, 5)[0]
@@ -30,7 +30,8 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
         with torch.no_grad():
             text = model.get_input_embeddings()(ids[b])
         streams.append(torch.cat([text[:start], means(x, labels, count), text[end:]]))
-        kept.append([*range(start), *places[:count], *range(end, ids.shape[1])])
+        middles.append(centres)
+        kept.append([*range(start), *sorted(places[c] for c in centres), *range(end, ids.shape[1])])
         valids.append(inputs["attention_mask"][b].bool()[kept[-1]])
         merged = [[places[m] for m in row] for row in slots_by_loops(x.float(), centres, labels, SLOTS)]
         alone = [[i] * SLOTS for i in range(ids.shape[1])]
@@ -44,7 +45,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], keep: Any) -> naive.Ran:
     hidden = torch.stack(streams)
     with turned(model, angles):
         logits = decode(model, hidden, torch.stack(valids), torch.zeros(hidden.shape[:2], dtype=torch.long))
-    return naive.Ran(logits, [kept], [hidden.shape[1]] * model.config.get_text_config().num_hidden_layers)
+    return naive.Ran(logits, [middles, kept], [hidden.shape[1]] * model.config.get_text_config().num_hidden_layers)
 
 
 CASE = RuleCase(

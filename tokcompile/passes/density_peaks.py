@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from tokcompile import counts
 from tokcompile.axes import Dim
 from tokcompile.edit import Length
 from tokcompile.errors import EditError
@@ -22,7 +23,7 @@ tokred = torch.ops.tokred
 
 
 @dataclass(frozen=True, eq=False)
-class Slots:
+class Members:
     """Members of merged tokens, for steps that give a token several positions.
 
     Attributes:
@@ -60,7 +61,7 @@ def merge_by_density(ctx: Context, step: Merge, place: Place, at: Sequence) -> M
 
 def _check_one_image(ctx: Context, place: Place, at: Sequence) -> None:
     """Refuse rows of several images: clusters are of one each, and nobody knows where it ends."""
-    images = images_per_row(ctx.program, ctx.sites, at) if at.packed else 1
+    images = _images(ctx, at) if at.packed else 1
     if images != 1:
         raise EditError(
             "clusters need rows of one image",
@@ -68,6 +69,15 @@ def _check_one_image(ctx: Context, place: Place, at: Sequence) -> None:
             found=f"{images} images in each row" if images else "features of all images in one sequence",
             remedy="call the model with one image in each row of the batch",
         )
+
+
+def _images(ctx: Context, at: Sequence) -> int | None:
+    """How many images a row of packed features holds, where that is known."""
+    images = images_per_row(ctx.program, ctx.sites, at)
+    projector, splice = ctx.sites.projector, ctx.sites.splice
+    if images is None and projector is not None and splice is not None and projector.input.meta["val"].ndim == 3:
+        return counts.images_per_row(projector.input, splice.node)
+    return images
 
 
 def _among_text(ctx: Context, step: Merge, place: Place, at: Sequence) -> Merging | None:
@@ -122,7 +132,7 @@ def _keep_slots(
         flat = ctx.editor.call(aten.flatten.using_ints, table, 1, 2)
         flat = ctx.editor.call(aten.gather.default, places, 1, flat)
         table = ctx.editor.call(aten.unflatten.int, flat, 1, [-1, int(step.slots)])
-    ctx.values[step.name] = Slots(table, axis, places is not None)
+    ctx.values[step.name] = Members(table, axis, places is not None)
 
 
 def _centres(ctx: Context, step: Merge, node: Node, count: Length) -> Node:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import resolve
+from tokcompile.capacity import expected_runs, markers
 from tokcompile.counts import images_per_row
 from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
@@ -20,7 +21,6 @@ from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, features, sequence
 from tokcompile.sites.features import images_per_row as packed_images
 from tokcompile.sites.sight import find_sight
-from tokcompile.slots import expected_runs, markers
 from tokcompile.steps import Mark
 from tokcompile.tokenmap import TokenMap, marked_map
 from tokcompile.transport import Transport

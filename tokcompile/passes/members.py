@@ -10,7 +10,7 @@ from torch.fx import Node
 from tokcompile.axes import product, resolve
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context
-from tokcompile.passes.density_peaks import Slots
+from tokcompile.passes.density_peaks import Members
 from tokcompile.passes.variable import visual
 from tokcompile.program import place as node_place
 from tokcompile.sites.turns import Frequencies, Turn
@@ -35,7 +35,7 @@ def place_slots(ctx: Context, step: Place, found: list[Frequencies], record: dic
     if step.of not in ctx.values:
         record["note"] = "the merge left all tokens as they were: no edit"
         return
-    merged: Slots = ctx.values[step.of]
+    merged: Members = ctx.values[step.of]
     done = 0
     for each in found:
         turns = [turn for turn in each.turns if turn.via]
@@ -60,7 +60,7 @@ def place_slots(ctx: Context, step: Place, found: list[Frequencies], record: dic
         )
 
 
-def _check_first(ctx: Context, turns: list[Turn], merged: Slots) -> None:
+def _check_first(ctx: Context, turns: list[Turn], merged: Members) -> None:
     """The merge must be the first edit of the sequence: members are then the model's own tokens."""
     sources = {turn.via[0] for turn in turns}
     if len(sources) > 1 or ctx.sites.reach.above(next(iter(sources)), merged.node):
@@ -71,7 +71,7 @@ def _check_first(ctx: Context, turns: list[Turn], merged: Slots) -> None:
         )
 
 
-def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Slots, source: Node) -> Node:
+def _members(ctx: Context, step: Place, frequencies: Frequencies, merged: Members, source: Node) -> Node:
     """int64 [B, T', K], old tokens of the stack that each new one is made of; one of text repeats itself.
 
     Merged tokens stand among the text in their order, where images stood.

@@ -183,7 +183,8 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
     frequencies.layers.extend(n for n in layers if _is_table(n.args[0], frequencies, sites, stack))
     order = [n for n, i in reach.order.items() if reach.order[frequencies.angles] < i <= last]
     for node in order:
-        if not any(a in runs[0].values for a in node.all_input_nodes):
+        # Exported programs check dtypes on the way, and such a check has no value.
+        if node.meta.get("val") is None or not any(a in runs[0].values for a in node.all_input_nodes):
             continue
         if node in frequencies.layers:
             continue

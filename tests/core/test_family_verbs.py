@@ -1,0 +1,125 @@
+"""Rules that merge, mark, insert, place or rotate, on every family with a decoder: what holds whatever they do.
+
+A prompt and its steps from the cache say what one run over all tokens says, at whatever columns the tokens stand; no
+row sees another; an exported program says the same. What each rule computes is compared with runs by hand elsewhere, on
+the models of the fleet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+import unloaded
+from core.test_family_generate import LENGTH, longer, positioned
+from harness import greedy, prune, refusal
+from torch import Tensor
+
+import tokcompile
+from tokcompile.models import catalogue
+from tokcompile.rulefile import rule_names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = catalogue.families()
+STEPS = 3
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tome": {"pairs": 1},
+    "visionzip": {"dominant": 4, "contextual": 2, "queries": "all"},
+    "tokenflex": {"n": 2},
+    "vqtoken": {"codes": 5},
+    "aot": {"keep": 6, "windows": 1},
+    "svit_sta": {"cell": 2},
+    "pospad": {"keep": 6},
+    "hita": {"queries": 2},
+    "v2pe": {"delta": "1/4"},
+    "ppe": {"keep": 5, "slots": 1},
+    "meta_tokens": {"places": "every", "share": 0.25},
+    "carope": {},
+    "seqpe": {},
+    "rope_scaling": {"factor": 2.0},
+}
+OF_TEXT = ("meta_tokens", "carope", "seqpe", "rope_scaling")
+"""Rules that need no images."""
+COORDINATES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Positions in time, height and width are kept: they cannot be numbered anew."""
+SHIFTS = ("meta_tokens",)
+"""Rules whose tokens stand at columns, so that more padding moves them."""
+REFUSED: dict[tuple[str, str], str] = {}
+USUAL: set[tuple[str, str]] = set()
+
+
+def _cells() -> list[Any]:
+    kinds = {"vlm": tuple(OPTIONS), "decoder": OF_TEXT}
+    cells = [(name, rule) for name, family in ALL.items() for rule in kinds.get(family.kind, ())]
+    marks = {cell: () if cell in USUAL else (pytest.mark.slow,) for cell in cells}
+    return [pytest.param(*cell, marks=marks[cell], id="-".join(cell)) for cell in cells]
+
+
+def test_every_rule_of_these_verbs_is_tried() -> None:
+    others = {"fastv", "hiprune", "random"}  # in test_family_rules
+    assert set(OPTIONS) | others | {"image"} == set(rule_names())  # image returns no logits
+
+
+def _options(name: str, rule: str) -> dict[str, Any]:
+    params = tokcompile.rulefile.load_rule(rule).params
+    keeps = {"positions": "keep"} if "positions" in params and name in COORDINATES else {}
+    return {"rule": rule, **OPTIONS[rule], **keeps}
+
+
+def _padded(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
+    """Inputs with more padding on the left of each row."""
+    mask, out = inputs["attention_mask"], dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            out[name] = torch.cat([torch.zeros_like(value[:, :1]).expand(-1, columns, *value.shape[2:]), value], 1)
+        elif name == "position_ids" and value.ndim == 3:
+            out[name] = torch.cat([torch.ones_like(value[..., :1]).expand(-1, -1, columns), value], 2)
+    if "token_type_ids" in out:
+        out["token_type_ids"][:, :columns] = inputs["token_type_ids"][:, -1:]
+    if "cross_attention_mask" in out:
+        out["cross_attention_mask"][:, :columns] = inputs["cross_attention_mask"][:, :1]
+    return out
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells())
+def test_steps_padding_rows_and_export_agree_or_a_rule_is_refused(name: str, rule: str) -> None:
+    family, options = ALL[name], _options(name, rule)
+    if why := unloaded.missing(family.needs):
+        pytest.skip(why)
+    it = families.subject(family, length=LENGTH.get(name, 17))
+    torch._dynamo.reset()
+    if (name, rule) in REFUSED:
+        with pytest.raises(Exception, match=REFUSED[name, rule]) as caught:
+            prune(it.model, **options)(**it.inputs)
+        assert refusal(caught.value).where
+        return
+    steps, tokens = _generated(it, options)
+    inputs = it.inputs
+    for column in range(STEPS - 1):
+        inputs = longer(it, inputs, tokens[:, column : column + 1])
+    inputs = positioned(it, inputs if rule in SHIFTS else _padded(inputs, 2))
+    torch._dynamo.reset()
+    pruned = prune(it.model, **options)
+    whole = families.outputs(pruned(**inputs))[0]
+    assert families.compared([whole[:, -STEPS:]], [steps]) <= 1e-4
+    other = inputs["input_ids"].clone()
+    words = it.inputs["input_ids"][0, -2:].tolist()  # text, whatever number stands for images
+    other[1, -STEPS:] = torch.where(other[1, -STEPS:] == words[0], *reversed(words))
+    again = families.outputs(pruned(**{**inputs, "input_ids": other}))[0]
+    assert torch.equal(again[0], whole[0]) and not torch.equal(again[1], whole[1])
+    compiled = families.outputs(prune(it.model, **options)(**it.inputs))
+    program = tokcompile.rewrite(families.exported(it), **options)
+    assert families.compared(families.ran(program, it), compiled) <= 1e-5
+
+
+def _generated(it: families.Subject, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits of a prompt's last token and of steps after it, [B, STEPS, V], and the tokens that were chosen."""
+    prompt = it.family.example(it.model, batch=2, padded=True, length=LENGTH.get(it.family.name, 17))
+    tokcompile.compile(it.model, target="eager", **options)
+    try:
+        out = it.model.generate(**prompt, **greedy(STEPS))
+    finally:
+        tokcompile.restore(it.model)
+    return torch.stack(out.logits, 1), out.sequences[:, -STEPS:]
