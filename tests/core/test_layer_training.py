@@ -64,6 +64,24 @@ def test_gradients_are_those_of_the_run_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_inductor_trains_what_eager_trains() -> None:
+    model = fleet.build("llama").train()
+    inputs = fleet.example(model, 2, text=TEXT)
+    options: dict[str, Any] = {"share": 0.25, "layers": 2}
+    weights, ran = trained(model, inputs, "meta_tokens", **options), []
+    for target in ("eager", "inductor"):
+        torch._dynamo.reset()
+        for parameter in weights.parameters():
+            parameter.grad = None
+        pruned = prune(model, target=target, rule="meta_tokens", weights=weights, **options)
+        logits = pruned.call(**inputs, use_cache=False).logits
+        logits.square().sum().backward()
+        ran.append([logits.detach(), *(p.grad for p in weights.parameters())])
+    for one, other in zip(*ran, strict=True):
+        assert difference(one, other) <= 1e-4 * one.abs().max().item()
+
+
+@pytest.mark.slow
 def test_a_rewritten_program_has_the_layers_in_its_state_and_decomposes(tmp_path: Path) -> None:
     model, inputs, program = exported()
     path = rule(tmp_path, {"where": "listed", "places": [1, 20], **POSITIONS["counted"]}, blocks=1)
