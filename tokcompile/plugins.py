@@ -16,7 +16,7 @@ BUILT_IN = {
     "select": ("topk", "neighbours", "fill", "protect"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "density_peaks", "super_tokens"),
     "layer": ("attention", "gated"),
-    "place": ("variable", "compact", "slots"),
+    "place": ("variable", "compact", "per_image", "slots"),
     "rotate": ("base", "content", "digits"),
 }
 

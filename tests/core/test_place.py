@@ -219,6 +219,64 @@ def test_numbering_anew_is_what_a_drop_that_compacts_does(tmp_path: Path) -> Non
     assert difference(apart[kept], together[kept]) <= 2e-5
 
 
+PER_IMAGE = COMPACT.replace("compact", "per_image")
+
+
+def _closed(images: list[bool], kept: list[int]) -> list[int]:
+    """Positions of the tokens kept, by a walk: those of an image count on from where it began."""
+    starts = [i for i, image in enumerate(images) if image and not (i and images[i - 1])]
+    seen = dict.fromkeys(starts, 0)
+    out = []
+    for i in kept:
+        out.append(i)
+        if images[i]:
+            start = max(s for s in starts if s <= i)
+            out[-1] = start + seen[start]
+            seen[start] += 1
+    return out
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["alone", "and-a-drop-in-the-stack"])
+def test_what_is_left_of_an_image_counts_on_from_its_start(later: bool, tmp_path: Path) -> None:
+    path = tmp_path / "numbered.yaml"
+    path.write_text(PER_IMAGE)
+    model = fleet.shared("llava")
+    given = fleet.example(model, 2, (2, 0))
+    first = prune(model, rules=[LUCK | {"positions": "keep"}, str(path)])
+    logits = first(**given).logits
+    (kept,) = first.kept
+    positions = [_closed(row, here) for row, here in zip(_images(given["input_ids"]), kept, strict=True)]
+    assert any(p != k for row, here in zip(positions, kept, strict=True) for p, k in zip(row, here, strict=True))
+    _check_kept(model, given, logits, kept, positions)
+    if later:  # layers behind the drop hold fewer tokens, and count them by themselves
+        torch._dynamo.reset()
+        drop = {"rule": "fastv", "keep": 4, "layer": 2}
+        both = prune(model, rules=[LUCK | {"positions": "keep"}, drop, str(path)])
+        out = both(**given).logits
+        torch._dynamo.reset()
+        other = prune(model, rules=[LUCK | {"positions": "keep"}, drop])(**given).logits
+        assert out.shape == other.shape and out.isfinite().all() and difference(out, other) > 1e-3
+
+
+def test_steps_after_gaps_that_closed_have_their_usual_positions(tmp_path: Path) -> None:
+    path = tmp_path / "numbered.yaml"
+    path.write_text(PER_IMAGE)
+    model = fleet.build("llava")
+    given = fleet.example(model, 2, (2, 0))
+    rules = [LUCK | {"positions": "keep"}, str(path)]
+    tokcompile.compile(model, rules=rules, target="eager")
+    out = model.generate(**given, **greedy(2))
+    tokcompile.restore(model)
+    ids, ones = out.sequences[:, :-1], torch.ones(2, 1, dtype=torch.long)
+    mask = torch.cat([given["attention_mask"], ones], 1)
+    torch._dynamo.reset()
+    pruned = prune(model, rules=rules)
+    # The first row's padding counts for no position: neither in generate nor here.
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = pruned(input_ids=ids, attention_mask=mask, pixel_values=given["pixel_values"], position_ids=counted)
+    assert difference(out.logits[1], whole.logits[:, -1]) <= 2e-5
+
+
 @pytest.mark.parametrize("layout", list(AXIS))
 def test_several_coordinates_have_no_fractions(layout: str) -> None:
     with pytest.raises(EditError, match="several coordinates"):

@@ -123,6 +123,17 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (torch.arange(12 * b).view(b, 12), bools(b, 12)),
         lambda positions, visual: ops.variable_positions(positions, visual, [64, 3], 256),
     ),
+    "image_starts": (
+        lambda b: (torch.arange(12 * b).view(b, 12), bools(b, 12)),
+        lambda positions, visual: ops.image_starts(positions, visual, 3),
+    ),
+    "close_gaps": (
+        lambda b: (
+            torch.arange(0, 24 * b, 2).view(b, 12),
+            torch.tensor([-1, 2, 2, 2, -1, 8, 8, 8, 14, 14, -1, -1]).repeat(b, 1),
+        ),
+        lambda positions, starts: ops.close_gaps(positions, starts),
+    ),
     "slot_positions": (
         lambda b: (torch.arange(24 * b).view(b, 2, 12), torch.arange(10 * b).view(b, 5, 2) % 12),
         lambda positions, members: ops.slot_positions(positions, members, [0, 1, 1], [0, 0, 1]),

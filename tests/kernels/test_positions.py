@@ -33,6 +33,35 @@ def test_positions_are_those_of_a_walk_over_tokens(images: list[list[bool]], str
     assert _units(images, strides) == [[int(p * 256) for p in row] for row in expected]
 
 
+@given(st.data(), st.lists(st.sampled_from(["text", "image"]), min_size=1, max_size=6), st.integers(1, 4))
+def test_gaps_close_within_each_image(data: st.DataObject, kinds: list[str], size: int) -> None:
+    """A walk: images of one size, side by side or with text between, of which any tokens are left."""
+    of = [(i, k) for i, kind in enumerate(kinds) for k in range(size if kind == "image" else 1)]
+    visual = torch.tensor([[kinds[i] == "image" for i, _ in of]])
+    positions = torch.arange(5, 5 + len(of))[None]
+    starts = ops.image_starts(positions, visual, size)
+    assert starts.tolist() == [[5 + n - k if kinds[i] == "image" else -1 for n, (i, k) in enumerate(of)]]
+    kept = sorted(data.draw(st.sets(st.integers(0, len(of) - 1), min_size=1)))
+    expected, seen = [], dict.fromkeys(range(len(kinds)), 0)
+    for n in kept:
+        image = of[n][0]
+        expected.append(int(starts[0, n]) + seen[image] if kinds[image] == "image" else 5 + n)
+        seen[image] += 1
+    assert ops.close_gaps(positions[:, kept], starts[:, kept]).tolist() == [expected]
+
+
+def test_images_side_by_side_are_one_where_their_size_is_not_known() -> None:
+    visual = torch.tensor([[False, True, True, True, True, False, True]])
+    assert ops.image_starts(torch.arange(7)[None], visual, 0).tolist() == [[-1, 1, 1, 1, 1, -1, 6]]
+    assert ops.image_starts(torch.arange(7)[None], visual, 2).tolist() == [[-1, 1, 1, 3, 3, -1, 6]]
+
+
+def test_a_token_that_was_put_into_an_image_does_not_begin_it_anew() -> None:
+    assert ops.close_gaps(torch.tensor([[0, 3, 9, 4, 7]]), torch.tensor([[-1, 2, -1, 2, -1]])).tolist() == [
+        [0, 2, 9, 3, 7]
+    ]
+
+
 def test_the_closed_form_of_one_tile() -> None:
     """[t t <img> 256 visual </img> t] at a pace of 1/4: 0, 1, 2, 2.25 ... 66, 67, 68."""
     (row,) = _units([[False] * 3 + [True] * 256 + [False] * 2], [64])

@@ -215,6 +215,8 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "pool_matrix": pool_matrix,
     "elbow": leading(1),
     "variable_positions": pointwise,
+    "image_starts": pointwise,
+    "close_gaps": pointwise,
     "slot_positions": slot_positions,
     "phase_scan": phase_scan,
 }

@@ -11,6 +11,7 @@ if __name__ == "tokcompile.kernels":
     from .attention_received import attention_received
     from .attention_row import attention_row
     from .clear_slots import clear_slots
+    from .close_gaps import close_gaps
     from .cluster_labels import cluster_labels
     from .cluster_slots import cluster_slots
     from .density_peaks import density_peaks
@@ -22,6 +23,7 @@ if __name__ == "tokcompile.kernels":
     from .flagged_tokens import flagged_tokens
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
+    from .image_starts import image_starts
     from .insert_tokens import insert_tokens
     from .inserted_source import inserted_source
     from .inverse_map import inverse_map
@@ -66,6 +68,7 @@ __all__ = [
     "attention_received",
     "attention_row",
     "clear_slots",
+    "close_gaps",
     "cluster_labels",
     "cluster_slots",
     "define",
@@ -78,6 +81,7 @@ __all__ = [
     "flagged_tokens",
     "gather_tokens",
     "held_slots",
+    "image_starts",
     "insert_tokens",
     "inserted_source",
     "inverse_map",

@@ -19,7 +19,7 @@ class Place(Step):
     makes = False
 
     by: str
-    """variable, compact, slots, or the name of a plug-in"""
+    """variable, compact, per_image, slots, or the name of a plug-in"""
     at: AddressText = "decoder.rotary"
     """address of a stack's rotary tables: decoder.rotary"""
     delta: Shares = (Fraction(1),)
