@@ -6,7 +6,7 @@ and the old token beside it. Each row of a batch has its own list of places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 Places = list[list[Any]]
+Middle = Callable[[int, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+"""Of a block's number, the stream, which tokens are inserted ones, and cosines and sines, the stream behind it."""
 
 
 def front(valid: list[list[bool]], count: int) -> Places:
@@ -105,6 +107,8 @@ def decoder(
     hidden: bool = True,
     remove: bool = True,
     given: Tensor | None = None,
+    middle: Middle | None = None,
+    cuts: Mapping[int, naive.Cut] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """A Llama-like decoder with tokens put in before a block: its logits, and the tokens that each block saw.
 
@@ -114,6 +118,8 @@ def decoder(
         hidden: inserted tokens beside padding are hidden.
         remove: the logits are those of the old tokens.
         given: the old positions, [B, T]; 0, 1, 2… by default.
+        middle: what the stream goes through between attention and feed-forward, from the block of the insertion on.
+        cuts: drops before later blocks; what they choose from are the tokens of the longer sequence.
     """
     text = getattr(model.model, "language_model", model.model)
     ids = inputs["input_ids"]
@@ -133,12 +139,38 @@ def decoder(
             mask = torch.ones(more, more, dtype=torch.bool).tril() & look[:, None, None, :]
             positions = moved_positions(places, positions, counted, silent)
             tables = text.rotary_emb(x, positions)
+            flags = inserted(places, rows)
+        if cuts and number in cuts:
+            kept = cuts[number].choose(naive.State(x, look, flags))
+            x, look, flags, positions = _cut(x, look, flags, positions, kept, cuts[number].compact)
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() & look[:, None, None, :]
+            tables = text.rotary_emb(x, positions)
         lengths.append(x.shape[1])
         attended = naive._for(model, mask, x.dtype)
-        out = layer(x, attention_mask=attended, position_ids=positions, position_embeddings=tables)
+        how = {"attention_mask": attended, "position_ids": positions, "position_embeddings": tables}
+        if middle is not None and number >= block:
+            x = x + layer.self_attn(layer.input_layernorm(x), **how)[0]
+            x = middle(number, x, flags, tables)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            continue
+        out = layer(x, **how)
         x = out[0] if isinstance(out, tuple) else out
     x = text.norm(x)
     return model.lm_head(take_out(x, places) if remove else x), lengths
+
+
+def inserted(places: Places, valid: list[list[bool]]) -> Tensor:
+    """bool [B, T']: inserted tokens, but for those beside padding."""
+    pairs = zip(places, valid, strict=True)
+    return torch.tensor([[isinstance(p, tuple) and real[p[1]] for p in row] for row, real in pairs])
+
+
+def _cut(x: Tensor, look: Tensor, flags: Tensor, positions: Tensor, kept: naive.Kept, compact: bool) -> list[Tensor]:
+    """What a drop leaves of values by token; `compact` moves positions down by the tokens dropped before each."""
+    out = [naive._take(value, kept) for value in (x, look, flags, positions)]
+    if compact:
+        out[3] = out[3] - torch.tensor([[old - new for new, old in enumerate(row)] for row in kept])
+    return out
 
 
 def embedded(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

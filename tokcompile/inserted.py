@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
 _SPREADS = {aten.expand.default, aten.broadcast_to.default}
+_FLAGGED = {torch.ops.tokred.flagged_tokens.default, torch.ops.tokred.add_tokens.default}
 _ATTENTIONS = {aten.scaled_dot_product_attention.default}
 
 
@@ -56,6 +57,8 @@ def kind(transport: Transport, user: Node, value: Node, token_map: TokenMap) -> 
     if token_map.fresh is None:
         return Kind.LIKE
     val = value.meta["val"]
+    if user.target in _FLAGGED and value is user.args[1]:  # tokens of another rule
+        return Kind.NOTHING
     if value.target in _SPREADS and not transport.where(value.args[0], token_map.axis):  # the same for all tokens
         return Kind.LIKE
     if _is_mask(transport, user, value):

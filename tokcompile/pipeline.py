@@ -20,7 +20,7 @@ from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
-from tokcompile.steps import Place, Rotate
+from tokcompile.steps import Layer, Place, Rotate, Step
 from tokcompile.verify import verify
 
 
@@ -99,8 +99,8 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
 def _turn_decode(
     program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied, shortened: bool
 ) -> None:
-    """Give the tokens of a later step the positions and rotations that a rule gave to those of the prompt."""
-    steps = [step for step in instance.rule.steps if isinstance(step, Place | Rotate)]
+    """Give the tokens of a later step the positions, rotations and layers that a rule gave to those of the prompt."""
+    steps = [step for step in instance.rule.steps if _goes_on(step)]
     if not steps:
         return
     editor = Editor(program, instance.name, applied.counts)
@@ -111,6 +111,11 @@ def _turn_decode(
         except TokredError as error:
             raise error.inside(f"{instance.rule.path}:{step.line} ({step.verb})") from error
     applied.steps += ctx.log
+
+
+def _goes_on(step: Step) -> bool:
+    """Whether a step has something to do after a prompt: layers of inserted tokens have not, none is inserted there."""
+    return isinstance(step, Place | Rotate) or (isinstance(step, Layer) and step.by != "attention")
 
 
 def _patches(program: Program, sites: Sites, others: int) -> int | None:

@@ -15,6 +15,7 @@ BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random"),
     "select": ("topk", "neighbours", "fill", "protect", "pooled"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens"),
+    "layer": ("attention", "gated"),
     "place": ("variable", "compact", "per_image", "slots"),
     "rotate": ("base", "content", "digits"),
 }

@@ -155,6 +155,13 @@ def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> No
     spots = transport.where(value, token_map.axis) if isinstance(value, Node) else []
     if not spots:
         return
+    if node.target is tokred.gather_tokens.default and wrap(node.args[2], len(transport.of(value))) in spots:
+        raise EditError(
+            "an earlier edit has taken tokens by their number behind the place of this one",
+            where=[place(node)],
+            found=f"{tuple(node.meta['val'].shape)} of {tuple(value.meta['val'].shape)}",
+            remedy="put the rule that edits in front first; tokens that are inserted must not be taken out by `until`",
+        )
     rank = len(transport.of(value))
     if node.target is aten.embedding.default:
         used = {0}

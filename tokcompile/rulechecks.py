@@ -14,7 +14,14 @@ from tokcompile.steps import REFERENCES, Score, Step
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
 
-NOUN = {"tap": "tap", "score": "score", "select": "selection", "merge": "merge", "insert": "set of tokens"}
+NOUN = {
+    "tap": "tap",
+    "score": "score",
+    "select": "selection",
+    "merge": "merge",
+    "insert": "set of tokens",
+    "layer": "layer",
+}
 _OPTION_KEYS = frozenset({"rule", "rules"})
 
 

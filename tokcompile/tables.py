@@ -12,7 +12,7 @@ from tokcompile.axes.atoms import same
 from tokcompile.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.program import place
-from tokcompile.sites.turns import Frequencies, Turn
+from tokcompile.sites.turns import Frequencies, Turn, heads_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -127,16 +127,6 @@ class Tables:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-
-def heads_of(turn: Turn) -> int:
-    """The dimension of a product's value that counts heads: where its table [.., 1, ..] has none."""
-    table, value = turn.table.meta["val"].shape, turn.value.meta["val"].shape
-    if len(table) != 4 or len(value) != 4:
-        return 1
-    free = [dim for dim in (1, 2) if same(size_of(table[dim]), 1)]
-    wide = [dim for dim in free if not same(size_of(value[dim]), 1)]
-    return (wide or free or [1])[0]
 
 
 def rows_of(editor: Editor, frequencies: Frequencies) -> Node:

@@ -74,7 +74,10 @@ GOLDENS = {
         {"inserted": 71, "rewired": 18, "repaired": 27},
     ),
     "pospad": ({"rule": "pospad", "keep": 5}, {"inserted": 47, "rewired": 24, "repaired": 30}),
-    "meta_tokens": ({"rule": "meta_tokens", "share": 0.25}, {"inserted": 42, "rewired": 19, "repaired": 27}),
+    "meta_tokens": (
+        {"rule": "meta_tokens", "share": 0.25, "layers": 0},
+        {"inserted": 42, "rewired": 19, "repaired": 27},
+    ),
     "v2pe": ({"rule": "v2pe"}, {"inserted": 18, "rewired": 12}),
     "rope_scaling": ({"rule": "rope_scaling", "factor": 2.0}, {"inserted": 16, "rewired": 3}),
 }

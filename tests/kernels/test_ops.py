@@ -72,6 +72,14 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 4, 5), ops.inserted_source(slots(b), floats(b, 4), None), slots(b), floats(b, 2, 5)),
         lambda x, source, fresh, tokens: ops.insert_tokens(x, source, fresh, tokens),
     ),
+    "flagged_tokens": (
+        lambda b: (floats(b, 6, 2, 3), slots(b), floats(b, 6, 5)),
+        lambda values, flags, like: ops.flagged_tokens(values, flags, like, 3),
+    ),
+    "add_tokens": (
+        lambda b: (floats(b, 6, 5), slots(b), floats(b, 3, 5)),
+        lambda x, flags, more: ops.add_tokens(x, flags, more),
+    ),
     "token_source": (
         lambda b: (torch.arange(5 * b).view(b, 5) % 12, floats(b, 12)),
         lambda index, like: ops.token_source(index, like),

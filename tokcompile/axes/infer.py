@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import Dim, fresh, resolve, size_of
 from tokcompile.axes.context import Context, Dims
-from tokcompile.axes.ours import OURS
+from tokcompile.axes.ours import OURS, flagged_tokens
 from tokcompile.axes.products import attention, matmul
 from tokcompile.axes.rules import NAMED, RULES, masked_scatter, pointwise
 
@@ -90,4 +90,4 @@ def _rule(node: Node) -> Any:
 
 def broadcasts(node: Node) -> bool:
     """Whether an operator aligns its inputs with its result from the right, size 1 standing for any size."""
-    return _rule(node) in (pointwise, matmul, attention, masked_scatter)
+    return _rule(node) in (pointwise, matmul, attention, masked_scatter, flagged_tokens)

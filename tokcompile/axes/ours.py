@@ -69,6 +69,22 @@ def insert_tokens(ctx: Context, node: Node) -> Dims:
     return [value[0] or chosen[0], chosen[1], value[2]]
 
 
+def flagged_tokens(ctx: Context, node: Node) -> Dims:
+    """tokred::flagged_tokens: some of the tokens, which are counted anew."""
+    value, flags, like = (ctx.of(each) for each in node.args[:3])
+    for one, other in ((value[1], flags[1]), (flags[1], like[1]), (flags[0], like[0])):
+        ctx.unify(node, one, other)
+    return [flags[0] or like[0] or value[0], fresh(shape(node)[1]), *value[2:]]
+
+
+def add_tokens(ctx: Context, node: Node) -> Dims:
+    """tokred::add_tokens: the sequence as it was."""
+    dims, flags, more = (list(ctx.of(each)) for each in node.args[:3])
+    for one, other in ((dims[0], flags[0]), (dims[1], flags[1]), (dims[0], more[0]), (dims[2], more[2])):
+        ctx.unify(node, one, other)
+    return dims
+
+
 def mark_slots(ctx: Context, node: Node) -> Dims:
     """tokred::mark_slots: a new axis, whose origin `slot_source` names."""
     return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
@@ -159,6 +175,8 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "inserted_source": inserted_source,
     "original_places": original_places,
     "insert_tokens": insert_tokens,
+    "flagged_tokens": flagged_tokens,
+    "add_tokens": add_tokens,
     "mark_slots": mark_slots,
     "slot_source": slot_source,
     "slot_means": by_slot,

@@ -6,6 +6,7 @@ if __name__ == "tokcompile.kernels":
     # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
     # repository is on the path: nothing is registered then.
     from ._library import define, names, reference_of
+    from .add_tokens import add_tokens
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -21,6 +22,7 @@ if __name__ == "tokcompile.kernels":
     from .elbow import elbow
     from .fill_mask import fill_mask
     from .first_members import first_members
+    from .flagged_tokens import flagged_tokens
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .image_starts import image_starts
@@ -64,6 +66,7 @@ if __name__ == "tokcompile.kernels":
     from .window_topk_mask import window_topk_mask
 
 __all__ = [
+    "add_tokens",
     "attention",
     "attention_received",
     "attention_row",
@@ -80,6 +83,7 @@ __all__ = [
     "elbow",
     "fill_mask",
     "first_members",
+    "flagged_tokens",
     "gather_tokens",
     "held_slots",
     "image_starts",

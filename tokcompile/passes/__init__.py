@@ -3,6 +3,7 @@
 from tokcompile.passes.context import Context, Scores, Selection
 from tokcompile.passes.drop import drop
 from tokcompile.passes.insert import insert
+from tokcompile.passes.layer import layer
 from tokcompile.passes.mark import mark
 from tokcompile.passes.merge import merge
 from tokcompile.passes.place import place
@@ -19,6 +20,7 @@ PASSES = {
     "merge": merge,
     "mark": mark,
     "insert": insert,
+    "layer": layer,
     "place": place,
     "rotate": rotate,
 }

@@ -163,6 +163,10 @@ class Context:
                 total = self.editor.arithmetic(lambda so_far, new, old: so_far + new - old, total, *sizes)
         return total
 
+    def leads(self, start: Dim, goal: Dim) -> bool:
+        """Whether an axis is another, or was cut from it."""
+        return _chain(resolve(start), resolve(goal)) is not None
+
     def align(self, value: Node, start: Dim, goal: Dim, fill: float | None = None, *, beside: bool = False) -> Node:
         """Bring a value [B, T] from one axis to another that was cut from it, or that is a segment of it.
 

@@ -36,6 +36,7 @@ def insert(ctx: Context, step: Insert) -> None:
         old = editor.size(node, at.dim)
         slots = find_slots(ctx, step, node, at, old, valid)
         record = {"verb": "insert", "at": step.at, "name": step.name, "where": step.where}
+        ctx.values[step.name] = slots
         ctx.log.append({**record, "from": str(length_value(old)), "to": str(length_value(slots.new))})
         if slots.fresh is None:
             _check_nothing(step, place)

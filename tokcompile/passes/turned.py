@@ -8,6 +8,7 @@ from torch.fx import Node
 from tokcompile.carried import hand_on, take
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
+from tokcompile.program import place as node_place
 from tokcompile.sites.address import addresses, resolve_address
 from tokcompile.sites.turns import Frequencies, find_turns
 
@@ -20,10 +21,17 @@ def rotary_sites(ctx: Context, stack: str, at: str) -> list[Frequencies]:
 
     Raises:
         AddressError: there is no such stack.
-        EditError: it has no rotary tables, or some that are not known.
+        EditError: it has no rotary tables, or some that are not known or that a layer of a rule reads.
     """
     resolve_address(ctx.sites, f"{stack}.0.input")
     found = find_turns(ctx.program, ctx.sites, stack)
+    layers = [node for each in found for node in each.layers]
+    if layers:
+        raise EditError(
+            "a layer of a rule reads the rotary tables as they are",
+            where=[at, node_place(layers[0])],
+            remedy="put the rule that places or rotates first",
+        )
     if found:
         return found
     raise EditError(

@@ -29,6 +29,7 @@ EDITS = {
     torch.ops.tokred.insert_tokens.default,
     torch.ops.tokred.mix_tokens.default,
     torch.ops.tokred.mark_tokens.default,
+    torch.ops.tokred.add_tokens.default,
 }
 """Operators that edits put on the stream; the first argument is the stream as it was."""
 _PASSED = VIEWS | EDITS

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import networkx as nx
 import torch
 from torch.fx import Node
 
+from tokcompile.axes import Axes
 from tokcompile.sites.attention import Attention
 from tokcompile.sites.block import Stack
 from tokcompile.sites.reach import Reach
 from tokcompile.sites.splice import Splice
 
 aten = torch.ops.aten
+_MOVES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.cat.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.unbind.int,
+    aten.transpose.int,
+    aten.unflatten.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.index.Tensor,
+    aten.split_with_sizes.default,
+    aten.flatten.using_ints,
+    aten.squeeze.dim,
+    aten.to.dtype,
+    operator.getitem,
+}
+"""Operators that put features elsewhere, and change none."""
 _MIXERS = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, aten.conv2d.default}
 
 
@@ -58,6 +82,26 @@ def carrying(reach: Reach, start: Node, *goals: Node) -> list[Node]:
 
     between = (n for n in reach.order if reach.above(start, n) and any(reach.above(n, goal) for goal in goals))
     return [n for n in between if carries(n)]
+
+
+def projected_features(projector: Projector, axes: Axes, reach: Reach) -> Node | None:
+    """What the projector makes of each of its features, in their order; behind it features are only moved.
+
+    None where there is no such value: the projector makes other tokens of them.
+    """
+    path = carrying(reach, projector.input, projector.output)
+    tokens = _tokens(axes, projector.input)
+    for node in reversed(passed(path, [projector.output])[1:]):
+        if any(n.target not in _MOVES for n in path if n is not node and reach.above(node, n)):
+            return None
+        if isinstance(node.meta.get("val"), torch.Tensor) and _tokens(axes, node) == tokens:
+            return node
+    return None
+
+
+def _tokens(axes: Axes, node: Node) -> tuple[object, ...]:
+    """What the dimensions of features but the last count, row by row."""
+    return tuple(atom for dim in axes.of(node)[:-1] for atom in dim)
 
 
 def _data(mixer: Node) -> Node:

@@ -32,14 +32,15 @@ class Rotary:
 def find_rotary(stack: Stack, reach: Reach, axes: Axes) -> list[Rotary]:
     """Rotary tables that the queries of a stack are turned by; none for learned or absent positions.
 
-    Blocks may have tables of their own, as those with a window do. A table has a row for each token; the sines of a
-    time step, which condition all tokens alike, have none.
+    Blocks may have tables of their own, as those with a window do, or those behind an edit that numbers positions anew.
+    A table has a row for each token; the sines of a time step, which condition all tokens alike, have none.
     """
-    tokens = axes.of(stack.blocks[0].attention.query)[-2]
+    tokens = dict.fromkeys(axes.of(block.attention.query)[-2] for block in stack.blocks)
     by_positions: dict[Node, list[Node]] = {}
     for node in reach.order:
         if node.target in (aten.cos.default, aten.sin.default) and _turns(node, stack, reach):
-            positions = _integer_source(node, axes, tokens) if _by_token(axes.of(node), tokens) else None
+            own = next((each for each in tokens if _by_token(axes.of(node), each)), None)
+            positions = _integer_source(node, axes, own) if own is not None else None
             if positions is not None:
                 by_positions.setdefault(positions, []).append(node)
     return [Rotary(p, tuple(t)) for p, t in sorted(by_positions.items(), key=lambda item: reach.order[item[0]])]

@@ -14,6 +14,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from tokcompile.axes import size_of
+from tokcompile.axes.atoms import same
 from tokcompile.errors import EditError
 from tokcompile.program import Program, place
 from tokcompile.sites.find import Sites
@@ -33,6 +35,7 @@ _MOVES = {
 _CASTS = {aten.to.dtype, aten._to_copy.default}
 _WAVES = {aten.cos.default: "cos", aten.sin.default: "sin"}
 _GATHER = torch.ops.tokred.gather_tokens.default
+_LAYER = torch.ops.tokred.flagged_tokens.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,7 @@ class Frequencies:
         angles: their product.
         coordinates: how many positions each token has, 3 for time, height and width.
         turns: the products that read them, in graph order.
+        layers: readers that belong to layers of rules, which are no turns of the stack's own.
     """
 
     positions: Node
@@ -77,6 +81,7 @@ class Frequencies:
     angles: Node
     coordinates: int = 1
     turns: list[Turn] = field(default_factory=list)
+    layers: list[Node] = field(default_factory=list)
 
     @property
     def pairs(self) -> int:
@@ -104,6 +109,16 @@ def find_turns(program: Program, sites: Sites, stack: str) -> list[Frequencies]:
     for each in found:
         _trace(each, sites, stack)
     return [each for each in found if each.turns]
+
+
+def heads_of(turn: Turn) -> int:
+    """The dimension of a product's value that counts heads: where its table [.., 1, ..] has none."""
+    table, value = turn.table.meta["val"].shape, turn.value.meta["val"].shape
+    if len(table) != 4 or len(value) != 4:
+        return 1
+    free = [dim for dim in (1, 2) if same(size_of(table[dim]), 1)]
+    wide = [dim for dim in free if not same(size_of(value[dim]), 1)]
+    return (wide or free or [1])[0]
 
 
 def _products(positions: Node) -> set[Node]:
@@ -164,10 +179,14 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
     ends = [n for b in blocks for n in (b.attention.query, b.attention.key)]
     last = max(reach.order[end] for end in ends)
     runs = [_Run(frequencies, float(start)) for start in (1, 2)]
+    layers = (n for n in reach.order if n.target is _LAYER)
+    frequencies.layers.extend(n for n in layers if _is_table(n.args[0], frequencies, sites, stack))
     order = [n for n, i in reach.order.items() if reach.order[frequencies.angles] < i <= last]
     for node in order:
         # Exported programs check dtypes on the way, and such a check has no value.
         if node.meta.get("val") is None or not any(a in runs[0].values for a in node.all_input_nodes):
+            continue
+        if node in frequencies.layers:
             continue
         others = [a for a in node.all_input_nodes if a not in runs[0].values and _is_tensor(a)]
         if not others or node.target is _GATHER:
@@ -175,6 +194,12 @@ def _trace(frequencies: Frequencies, sites: Sites, stack: str) -> None:
                 run.step(node)
         elif any(reach.above(node, end) for end in ends):
             frequencies.turns.append(_turn(node, runs, frequencies))
+
+
+def _is_table(node: Node, frequencies: Frequencies, sites: Sites, stack: str) -> bool:
+    """Whether a value is made of angles, and of nothing that the blocks of a stack made."""
+    reach = sites.reach
+    return reach.above(frequencies.angles, node) and not reach.above(sites.stacks[stack].blocks[0].attention.node, node)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokcompile.steps.base import Model, Step
 from tokcompile.steps.drop import Drop
 from tokcompile.steps.insert import Insert
+from tokcompile.steps.layer import Layer
 from tokcompile.steps.mark import Mark
 from tokcompile.steps.merge import Merge
 from tokcompile.steps.place import Place
@@ -14,7 +15,7 @@ from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
 STEPS: dict[str, type[Step]] = {
-    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Place, Rotate)
+    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Layer, Place, Rotate)
 }
 PLANNED = ("route", "evict", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
@@ -25,6 +26,7 @@ __all__ = [
     "STEPS",
     "Drop",
     "Insert",
+    "Layer",
     "Mark",
     "Merge",
     "Model",
