@@ -1,4 +1,4 @@
-"""The merging of the frames of a clip by loops over tokens, in float64: steps 9.1 to 9.6 of methods/03-aot.md.
+"""The merging of the frames of a clip by loops over tokens, in float64.
 
 Which tokens of a frame stay is decided as the released code does it: by the linearly interpolated quantile of how well
 each fits, and not by a count.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,13 @@ def difference(left: Tensor, right: Tensor) -> float:
     """Largest absolute difference of two tensors of one shape; shapes that broadcast are no match."""
     assert left.shape == right.shape, f"{tuple(left.shape)} against {tuple(right.shape)}"
     return (left.double() - right.double()).abs().max().item()
+
+
+def cases(usual: int, **axes: tuple[Any, ...]) -> list[Any]:
+    """Cases of `pairwise` as parameters of a test; those after the first few are marked as slow."""
+    marks = [() if number < usual else (pytest.mark.slow,) for number, _ in enumerate(pairwise(axes))]
+    ids = ("-".join(str(value) for value in case.values()) for case in pairwise(axes))
+    return [pytest.param(c, id=i, marks=m) for c, i, m in zip(pairwise(axes), ids, marks, strict=True)]
 
 
 def pairwise(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:

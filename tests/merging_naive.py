@@ -88,7 +88,7 @@ def mean(members: Sequence[int], total: int) -> list[float]:
     return [1 / len(members) if i in members else 0.0 for i in range(total)]
 
 
-# Dominant and contextual tokens (methods/b2-visionzip.md).
+# Dominant and contextual tokens.
 
 
 def zipped(dominant: int, contextual: int, how: str = "sum") -> Merge:
@@ -153,7 +153,7 @@ def _last_used(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return states, received[:, others:], key.mean(1)[:, others:]
 
 
-# Pooled grids (methods/31-tokenflex.md).
+# Pooled grids.
 
 
 def pooled(height: int, width: int | None = None) -> Merge:
@@ -182,7 +182,7 @@ def pool_rows(height: int, width: int, out_height: int, out_width: int) -> Rows:
     ]
 
 
-# Clusters (methods/43-vqtoken.md).
+# Clusters.
 
 
 def coded(k: int, iterations: int, seed: int = 0, normalise: bool = True, images: int = 1) -> Merge:

@@ -11,7 +11,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import difference, greedy, pairwise, prune, refusal
+from harness import cases, difference, greedy, prune, refusal
 from inserting import drawn, held, rule, tokens
 from torch import Tensor, nn
 
@@ -53,13 +53,10 @@ def _valid(inputs: dict[str, Tensor]) -> list[list[bool]]:
     return inputs["attention_mask"].bool().tolist()
 
 
-def _cases(**axes: tuple[Any, ...]) -> list[Any]:
-    return [pytest.param(case, id="-".join(str(v) for v in case.values())) for case in pairwise(axes)]
-
-
 @pytest.mark.parametrize(
     "case",
-    _cases(
+    cases(
+        5,
         name=("llama", "qwen2", "llava"),
         attention=("sdpa", "eager"),
         batch=(1, 3),
@@ -264,7 +261,8 @@ def _by_hand(
 
 @pytest.mark.parametrize(
     "case",
-    _cases(
+    cases(
+        5,
         name=("llama", "qwen2"),
         plain=(False, True),
         batch=(1, 3),

@@ -15,7 +15,7 @@ import merging_naive
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import difference, greedy, pairwise, prune, refusal
+from harness import cases, difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
@@ -67,13 +67,10 @@ def trained(model: nn.Module, inputs: dict[str, Any], **options: Any) -> Weights
     return weights
 
 
-def _cases(**axes: tuple[Any, ...]) -> list[Any]:
-    return [pytest.param(case, id="-".join(str(v) for v in case.values())) for case in pairwise(axes)]
-
-
 @pytest.mark.parametrize(
     "case",
-    _cases(
+    cases(
+        3,
         name=("llava", "llava-siglip-qwen2", "llava-last"),
         batch=(1, 3),
         norm=("layer", "rms", "none"),
@@ -129,7 +126,7 @@ def _pooled(model: nn.Module, inputs: dict[str, Tensor], n: int, held: Mapping[s
 
 
 def test_one_set_of_weights_serves_several_numbers_of_tokens(tmp_path: Path) -> None:
-    """methods/31-tokenflex.md, oracle 4: the same state for every n, and each graph is what one of its own says."""
+    """The same state for every n, and each graph is what one of its own says."""
     model = fleet.build("llava")
     inputs = fleet.example(model, 2, (1, 0))
     weights = trained(model, inputs, rule="tokenflex", n=3, mlp="gated")
@@ -151,7 +148,7 @@ def test_one_set_of_weights_serves_several_numbers_of_tokens(tmp_path: Path) -> 
 
 
 def test_a_batch_is_what_its_rows_are_alone() -> None:
-    """methods/31-tokenflex.md, oracle 5."""
+    """Gradients aside: four rows together are four rows alone."""
     model = fleet.shared("llava-siglip-qwen2")
     inputs = fleet.example(model, 4)
     weights = trained(model, inputs, rule="tokenflex", n=3, mlp="gated")

@@ -12,7 +12,7 @@ import longer
 import naive
 import pytest
 import torch
-from harness import difference, greedy, pairwise, prune, refusal
+from harness import cases, difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
@@ -85,13 +85,10 @@ def tokens(weights: Weights, name: str = "layered.t") -> Tensor:
     return weights.state_dict()[name]
 
 
-def _cases(**axes: tuple[Any, ...]) -> list[Any]:
-    return [pytest.param(case, id="-".join(str(v) for v in case.values())) for case in pairwise(axes)]
-
-
 @pytest.mark.parametrize(
     "case",
-    _cases(
+    cases(
+        4,
         name=("llama", "qwen2", "llava"),
         attention=("sdpa", "eager"),
         batch=(1, 3),
@@ -125,7 +122,7 @@ def test_a_text_equals_the_run_by_hand(case: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2"])
 def test_an_untrained_layer_changes_no_bit(name: str, tmp_path: Path) -> None:
-    """methods/38-meta-tokens.md, oracle 2 for the layer: its output starts as zeros."""
+    """Its output starts as zeros."""
     model = fleet.shared(name, attention="eager" if name == "gemma2" else "sdpa")
     inputs = fleet.example(model, 2, (1, 0)) | ({"use_cache": False} if name == "gemma2" else {})
     weights, logits = Weights(), []
@@ -164,7 +161,7 @@ def test_absolute_positions_turn_nothing(tmp_path: Path) -> None:
 
 
 def test_no_tokens_have_no_layer(tmp_path: Path) -> None:
-    """methods/38-meta-tokens.md, oracle 1."""
+    """No tokens leave every bit as it was."""
     model = fleet.shared("llama")
     inputs = fleet.example(model, 3, PADS[3])
     with torch.no_grad():
@@ -272,10 +269,10 @@ def _by_hand(
 
 
 @pytest.mark.parametrize(
-    "case", _cases(name=("llama", "qwen2"), batch=(1, 3), places=("front", "every"), positions=("counted", "kept"))
+    "case", cases(4, name=("llama", "qwen2"), batch=(1, 3), places=("front", "every"), positions=("counted", "kept"))
 )
 def test_generate_equals_a_run_by_hand(case: dict[str, Any], tmp_path: Path) -> None:
-    """methods/38-meta-tokens.md, oracle 7: prefill of T and one step is prefill of T + 1, for an ordinary token."""
+    """Prefill of T and one step is prefill of T + 1, for an ordinary token."""
     model = fleet.build(case["name"])
     inputs = fleet.example(model, case["batch"], PADS[case["batch"]], text=TEXT)
     fields, places = PLACES[case["places"]]

@@ -80,7 +80,7 @@ def by_hand(made: Program, layout: str, flags: Tensor, dtype: torch.dtype = torc
 @each_layout
 @pytest.mark.parametrize("flags", [ROWS, ALL], ids=["some", "all"])
 def test_the_compact_form_equals_the_dense_one(layout: str, flags: Tensor) -> None:
-    """methods/38-meta-tokens.md, oracles 3 and 4: all others get exactly nothing."""
+    """All others get exactly nothing."""
     made = program(layout)
     put(made, count=int(flags.sum(1).max()))
     layered.train(made.weights)
@@ -91,7 +91,7 @@ def test_the_compact_form_equals_the_dense_one(layout: str, flags: Tensor) -> No
 
 
 def test_all_tokens_flagged_is_plain_causal_attention() -> None:
-    """Oracle 4, against the fused attention of torch."""
+    """Against the fused attention of torch."""
     made = program("half")
     put(made, count=TOKENS)
     layered.train(made.weights)
@@ -108,7 +108,7 @@ def test_all_tokens_flagged_is_plain_causal_attention() -> None:
 
 @each_layout
 def test_in_bfloat16_others_are_the_same_to_the_last_bit(layout: str) -> None:
-    """Oracle 3: no NaN, B = 2, other places in each row."""
+    """No NaN, B = 2, other places in each row."""
     made = program(layout, dtype=torch.bfloat16)
     put(made)
     layered.train(made.weights)

@@ -81,7 +81,7 @@ def test_two_images_in_a_row(rule: str, batch: int) -> None:
 
 
 def test_one_set_of_weights_serves_several_numbers_of_tokens() -> None:
-    """methods/31-tokenflex.md, oracle 4: a graph for each size, none more for another call, and the same state."""
+    """A graph for each size, none more for another call, and the same state."""
     model = fleet.build("llava")
     inputs = fleet.example(model, 2, (1, 0))
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -141,7 +141,7 @@ def test_training_goes_through_the_pool() -> None:
 
 
 def test_the_paper_s_sizes_leave_64_of_576_tokens() -> None:
-    """methods/b2-visionzip.md: 54 dominant tokens, the class token among them, and 10 contextual ones."""
+    """54 dominant tokens, the class token among them, and 10 contextual ones."""
     vision = fleet.VISION | {"image_size": 336, "patch_size": 14}
     model = families.llava(vision, fleet.TEXT | {"max_position_embeddings": 1024}, image_token_index=fleet.IMAGE)
     model.config.image_seq_length = 576

@@ -49,7 +49,7 @@ def test_strided_tokens_are_every_nth_of_the_group(case):
 
 
 def test_strided_tokens_of_the_paper():
-    """methods/b2-visionzip.md, oracles 1 and 3: 523 left of 577 make steps of 52; one target is the first token."""
+    """523 left of 577 make steps of 52; one target is the first token."""
     among = torch.ones(1, 577, dtype=torch.bool)
     among[0, [0, *range(100, 153)]] = False
     left = among[0].nonzero().flatten()
@@ -84,7 +84,7 @@ def test_nearest_tokens_equal_a_loop(case, seed, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "count", "width"), [(523, 10, 64), (97, 30, 7), (576, 33, 128), (16, 3, 5)])
 def test_equal_tokens_join_the_first_source(tokens, count, width, dtype):
-    """methods/b2-visionzip.md, oracle 2. A matrix product may not round one of its columns otherwise than another."""
+    """A matrix product may not round one of its columns otherwise than another."""
     keys = random(1, 1, width).expand(2, tokens, width).to(dtype)
     source = ops.strided_tokens(torch.ones(2, tokens, dtype=torch.bool), count)
     got = ops.nearest_tokens(keys, source, None)
@@ -189,7 +189,7 @@ def zipped(x: Tensor, received: Tensor, keys: Tensor, dominant: int, contextual:
 @pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (191, 30), (20, 1)])
 @pytest.mark.parametrize("mode", ["sum", "average"])
 def test_dominant_and_contextual_tokens_equal_the_procedure(dominant, contextual, mode, dtype):
-    """methods/b2-visionzip.md, oracles 1 and 3 to 5: 64 tokens of 577, in a batch as alone."""
+    """64 tokens of 577, in a batch as alone."""
     x, keys = random(2, 577, 24).to(dtype), random(2, 576, 16, seed=1).to(dtype)
     received = random(2, 576, seed=2).exp()
     got = zipped(x, received, keys, dominant, contextual, mode)
@@ -202,14 +202,14 @@ def test_dominant_and_contextual_tokens_equal_the_procedure(dominant, contextual
 
 
 def test_patches_that_are_all_alike():
-    """Oracle 2: the first 53 patches are dominant, and all others join the first target, whose sum is the double."""
+    """The first 53 patches are dominant, and all others join the first target, whose sum is the double."""
     x = random(1, 1, 24).expand(1, 577, 24).contiguous()
     got = zipped(x, torch.ones(1, 576), x[:, 1:], 54, 10, "sum")
     want = torch.cat([x[:, :54], 2 * x[:, :1], x[:, :9]], 1)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-# Adaptive pooling: methods/31-tokenflex.md
+# Adaptive pooling.
 
 SIZES = [(27, 8), (27, 12), (27, 16), (32, 12), (24, 12)]
 
@@ -265,7 +265,7 @@ def test_pooling_has_the_gradient_of_a_mean():
     assert torch.autograd.gradcheck(lambda v: ops.mix_tokens(v, source, weights), (x,))
 
 
-# Clusters: methods/43-vqtoken.md
+# Clusters.
 
 
 @settings(max_examples=60, deadline=None)
@@ -281,7 +281,7 @@ def test_kmeans_equals_a_loop(batch, tokens, data, seed, dtype):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("k", [4, 12, 32])
 def test_kmeans_finds_what_was_planted(k, seed):
-    """Oracle 1, in two rows of their own (5), whatever the sizes of the tokens (2)."""
+    """In two rows of their own, whatever the sizes of the tokens."""
     truth = torch.stack(
         [torch.randperm(k, generator=torch.Generator().manual_seed(seed + b)).repeat(6) for b in (0, 1)]
     )
@@ -322,7 +322,7 @@ def test_equal_tokens_are_one_cluster_and_the_others_stay_empty(tokens, width):
 
 
 def test_labels_are_a_map_of_the_grid_to_codes():
-    """Oracle 4: each cell of a video's grid is its centroid."""
+    """Each cell of a video's grid is its centroid."""
     frames, side, k = 3, 5, 6
     x = random(2, frames * side * side, 8)
     labels = ops.kmeans_assign(x, k, 10, 0)
@@ -341,7 +341,7 @@ def test_seeds_draw_other_tokens():
 
 
 def test_the_elbow_of_a_smooth_curve_is_the_least_number():
-    """methods/43-vqtoken.md, oracle 5: 1000 / K for K of 12 to 32."""
+    """1000 / K for K of 12 to 32."""
     curve = torch.tensor([[1000 / k for k in range(12, 33)]])
     assert ops.elbow(curve, 12, 4).tolist() == [12]
 

@@ -95,7 +95,7 @@ def test_kept_indices_are_the_ascending_positions(batch, tokens, data):
 
 @pytest.mark.parametrize("budget", [64, 128, 160, 192])
 def test_static_selection_equals_the_procedural_hiprune(budget):
-    """methods/09-hiprune.md, oracle 3: anchors, their clamped neighbours, then the deep layer's best."""
+    """Anchors, their clamped neighbours, then the deep layer's best."""
     generator = torch.Generator().manual_seed(budget)
     shallow, deep = torch.rand(8, 576, generator=generator), torch.rand(8, 576, generator=generator)
     anchors = round(budget * 0.1 / 5)
