@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import families
 import fleet
 import merging_naive
 import naive
@@ -181,6 +183,28 @@ def test_pairs_that_do_not_compose_are_refused_with_both_names(case: str) -> Non
     error = refusal(caught.value)
     names = [rule if isinstance(rule, str) else rule["rule"] for rule in rules]
     assert all(name in str(error) for name in names)
+
+
+@pytest.mark.parametrize("order", ["drop-first", "phases-first"])
+def test_phases_have_no_part_of_features_that_were_dropped_before_the_text(order: str, tmp_path: Path) -> None:
+    """The text's positions stay, which phases do not go by: they are those of the tokens that are left."""
+    model, given = fleet.shared("llava"), fleet.example(fleet.shared("llava"), 2, (2, 0))
+    drop = {"rule": families.rule(tmp_path, "features", "projector.output"), "keep": 6}
+    phases = _of_library("carope", model)
+    weights = phases.pop("weights")
+    rules = [drop, phases] if order == "drop-first" else [phases, drop]
+    pruned = prune(model, rules=rules, weights=weights)
+    logits = pruned(**given).logits
+    rows = torch.tensor(pruned.kept[-1])
+    mask, ids = given["attention_mask"].gather(1, rows), given["input_ids"].gather(1, rows)
+    with torch.no_grad():
+        features = model.model.multi_modal_projector(naive.vision_features(model, given["pixel_values"]))
+        features = torch.stack([f[k] for f, k in zip(features, torch.tensor(pruned.kept[0]), strict=True)])
+        stream = model.get_input_embeddings()(ids).masked_scatter((ids == fleet.IMAGE)[..., None], features)
+        with turned(model, content(*carope.parameters(model, "1/3"), mask.bool())):
+            hidden = text_of(model)(inputs_embeds=stream, attention_mask=mask, use_cache=False).last_hidden_state
+        expected = model.lm_head(hidden)
+    assert difference(logits[mask.bool()], expected[mask.bool()]) <= 2e-5
 
 
 @pytest.mark.slow

@@ -149,6 +149,10 @@ def slot_positions(ctx: Context, node: Node) -> Dims:
 def phase_scan(ctx: Context, node: Node) -> Dims:
     """tokred::phase_scan: heads stand before tokens, and each has a phase for every frequency."""
     rows, tokens, heads = ctx.of(node.args[0])
+    if isinstance(node.args[1], Node):
+        for own, other in zip((rows, tokens), ctx.of(node.args[1]), strict=True):
+            if own and other:
+                ctx.unify(node, own, other)
     return [rows, heads, tokens, fresh(shape(node)[3])]
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch.fx import Node
 
+from tokcompile.axes import resolve
 from tokcompile.carried import hand_on, take
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
@@ -27,7 +28,8 @@ def rotate_content(ctx: Context, step: Rotate, found: list[Frequencies], record:
 
     CARoPE (Veisi et al. 2025), section 3. x are the embeddings that the stack reads; all its layers share w and b.
     They start as w = 0 and b such that f = base^(-2/d), which is the model's rotation with that base. Query heads share
-    the phases of their key head. Tokens that a drop with `positions: keep` takes away have done their part of them.
+    the phases of their key head. Tokens that a drop with `positions: keep` takes out of the stack have done their part
+    of them; features that are dropped before they are put into the text have none.
 
     Raises:
         EditError: the rotations of the stack differ, or turn by several coordinates.
@@ -46,7 +48,7 @@ def rotate_content(ctx: Context, step: Rotate, found: list[Frequencies], record:
         angles = ctx.editor.call(tokred.phase_scan.default, logits, valid, start, pairs, int(step.first))
         end = ctx.editor.call(aten.select.int, ctx.editor.call(aten.slice.Tensor, angles, 2, -1, _MAX), 2, 0)
         hand_on(ctx.program, _NAME, end)
-    tables = Tables(ctx.editor, angles)
+    tables = Tables(ctx.editor, angles, passed=_passed(ctx, stream, found[0].turns[0]))
     for each in found:
         tables.give(each.turns)
 
@@ -81,6 +83,13 @@ def _whole_stream(stream: Node, gathered: set[Node]) -> Node:
     while stream.target is tokred.gather_tokens.default and stream.args[1] in gathered:
         stream = stream.args[0]
     return stream
+
+
+def _passed(ctx: Context, stream: Node, turn: Turn) -> int:
+    """How many of a table's token maps the stream has been through: those of features that it never held."""
+    own = resolve(ctx.program.axes.of(stream)[1])
+    axes = [resolve(ctx.program.axes.of(source)[1]) for source in turn.via]
+    return axes.index(own) + 1 if own in axes else 0
 
 
 def _logits(ctx: Context, step: Rotate, stream: Node, heads: int, width: int) -> Node:
