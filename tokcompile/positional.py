@@ -42,6 +42,8 @@ _BY_INDEX = {
     aten.index_fill.int_Scalar,
     aten.index_fill.int_Tensor,
 }
+_BY_SOURCE = {tokred.insert_tokens.default, tokred.mark_tokens.default}
+"""What earlier rules put in place of tokens [B, T, C], which they name by their numbers."""
 _WRITTEN = {aten.index_put.default, aten.index_put_.default}
 _PLACES = {aten.select.int, aten.slice.Tensor, aten.cat.default, aten.concat.default}
 _TRIANGLES = {aten.triu.default, aten.tril.default}
@@ -155,7 +157,8 @@ def _refuse_indices(transport: Transport, node: Node, token_map: TokenMap) -> No
     spots = transport.where(value, token_map.axis) if isinstance(value, Node) else []
     if not spots:
         return
-    if node.target is tokred.gather_tokens.default and wrap(node.args[2], len(transport.of(value))) in spots:
+    gathers = node.target is tokred.gather_tokens.default and wrap(node.args[2], len(transport.of(value))) in spots
+    if gathers or (node.target in _BY_SOURCE and 1 in spots):
         raise EditError(
             "an earlier edit has taken tokens by their number behind the place of this one",
             where=[place(node)],

@@ -167,6 +167,14 @@ REFUSED = {
         [{"rule": "hiprune", "keep": 8}, {"rule": "tokenflex", "n": 2}],
         "grid",
     ),
+    "markers, then fewer features": (
+        [{"rule": "pospad", "keep": 8}, {"rule": "hiprune", "keep": 10}],
+        "behind the place of this one",
+    ),
+    "inserted tokens, then fewer features": (
+        [{"rule": "meta_tokens", "layers": 0}, {"rule": "vqtoken", "codes": 7}],
+        "behind the place of this one",
+    ),
     "two rotations": (
         ["carope", {"rule": "rope_scaling", "factor": 2.0}],
         "",
