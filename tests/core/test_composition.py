@@ -167,6 +167,14 @@ REFUSED = {
         [{"rule": "hiprune", "keep": 8}, {"rule": "tokenflex", "n": 2}],
         "grid",
     ),
+    "fractions, then words of positions": (
+        ["v2pe", {"rule": "seqpe", "length": 64}],
+        "positions are fractions",
+    ),
+    "fractions of fractions": (
+        [{"rule": "v2pe", "delta": "1/2"}, {"rule": "v2pe", "delta": "1/4"}],
+        "positions are fractions",
+    ),
     "markers, then fewer features": (
         [{"rule": "pospad", "keep": 8}, {"rule": "hiprune", "keep": 10}],
         "behind the place of this one",

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
-from tokcompile.passes.turned import keep_offset, offset
+from tokcompile.passes.turned import keep_offset, offset, refuse_fractions
 from tokcompile.program import place as node_place
 from tokcompile.sites.turns import Frequencies
 from tokcompile.steps import Place
@@ -25,6 +25,7 @@ def place_compact(ctx: Context, step: Place, found: list[Frequencies], record: d
     """
     del record
     for each in found:
+        refuse_fractions(ctx, each, step.at)
         if len({turn.via for turn in each.turns}) > 1:
             raise EditError(
                 "some layers hold other tokens than others, and one numbering does not fit all",

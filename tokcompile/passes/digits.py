@@ -10,6 +10,7 @@ from torch.fx import Node
 from tokcompile.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
+from tokcompile.passes.turned import refuse_fractions
 from tokcompile.program import place as node_place
 from tokcompile.sites.attention import Attention, softmax_of
 from tokcompile.sites.turns import Frequencies, Turn
@@ -49,6 +50,7 @@ def rotate_digits(ctx: Context, step: Rotate, found: list[Frequencies], record: 
     """
     record["how"] = step.how
     for each in found:
+        refuse_fractions(ctx, each, step.at)
         tables = _Tables(ctx, step, each)
         rotations = {r.after: r for turn in each.turns if turn.wave == "cos" for r in [rotation(turn)]}
         for block in ctx.sites.stacks[step.address.stack].blocks:

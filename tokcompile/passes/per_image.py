@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from tokcompile.axes import product
 from tokcompile.passes.context import Context, oldest
+from tokcompile.passes.turned import refuse_fractions
 from tokcompile.passes.variable import visual
 from tokcompile.sites.features import features
 from tokcompile.sites.turns import Frequencies, Turn
@@ -25,12 +26,12 @@ def place_per_image(ctx: Context, step: Place, found: list[Frequencies], record:
     Raises:
         EditError: positions count in time, height and width; or there are no images.
     """
-    del step
     if ctx.sites.phase != "prefill":
         record["note"] = "text keeps its positions: no edit"
         return
     size = _size(ctx)
     for each in found:
+        refuse_fractions(ctx, each, step.at)
         with ctx.editor.before(each.turns[0].node):
             positions, seen = rows_of(ctx.editor, each), visual(ctx, each)
             rows = ctx.editor.call(aten.expand.default, positions, [ctx.editor.size(seen, 0), -1])

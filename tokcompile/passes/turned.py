@@ -13,6 +13,7 @@ from tokcompile.sites.address import addresses, resolve_address
 from tokcompile.sites.turns import Frequencies, find_turns
 
 aten = torch.ops.aten
+tokred = torch.ops.tokred
 _MAX = 2**62
 
 
@@ -40,6 +41,18 @@ def rotary_sites(ctx: Context, stack: str, at: str) -> list[Frequencies]:
         found=f"positions that are added to embeddings, or none; this graph has {', '.join(addresses(ctx.sites))}",
         remedy="use it on a model whose positions turn queries and keys",
     )
+
+
+def refuse_fractions(ctx: Context, frequencies: Frequencies, at: str) -> None:
+    """Refuse positions that an earlier step counts in parts of 1, where whole ones are needed."""
+    parts = [n for n in ctx.sites.reach.order if n.target is tokred.variable_positions.default]
+    if ctx.sites.reach.any_above(frequencies.angles, parts):
+        raise EditError(
+            "positions are fractions, and this step counts whole ones",
+            where=[at],
+            found="tokens that an earlier step gave positions in parts of 1",
+            remedy="use one of the two steps",
+        )
 
 
 def last_of(ctx: Context, value: Node) -> Node:

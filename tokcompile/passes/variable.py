@@ -10,7 +10,7 @@ from torch.fx import Node
 from tokcompile.axes import Dim, resolve
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
-from tokcompile.passes.turned import keep_offset, offset
+from tokcompile.passes.turned import keep_offset, offset, refuse_fractions
 from tokcompile.sites.turns import Frequencies
 from tokcompile.steps import Place
 from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
@@ -41,6 +41,7 @@ def place_variable(ctx: Context, step: Place, found: list[Frequencies], record: 
             remedy="use `positions: keep` in drops before it",
         )
     for each in found:
+        refuse_fractions(ctx, each, step.at)
         with ctx.editor.before(each.turns[0].node):
             whole, inverse = rows_of(ctx.editor, each), inverse_of(ctx.editor, each)
             seen = visual(ctx, each) if prefill or ctx.sites.splice is not None else None
