@@ -227,6 +227,7 @@ def test_generate_after_features_were_dropped(name: str) -> None:
     assert difference(got, expected) <= 1e-4
 
 
+@pytest.mark.slow
 @some("gemma3", "qwen2_5_vl")
 def test_inductor_says_the_same(name: str, tmp_path: Path) -> None:
     it = families.subject(catalogue.family(name))

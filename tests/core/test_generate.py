@@ -153,6 +153,7 @@ def test_a_plain_compiled_model_generates_as_by_hand(case: str, batch: int) -> N
     assert difference(_generated(model, inputs)[0], expected) <= 1e-4
 
 
+@pytest.mark.slow
 def test_generate_on_inductor_equals_a_run_by_hand() -> None:
     model = fleet.build("llava")
     inputs = fleet.example(model, 3, PADS[3])

@@ -33,7 +33,9 @@ def _trained_by_hand(
     return logits.detach(), own.grad, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize(("target", "within"), [("eager", 0.0), ("aot_eager", 1e-5), ("inductor", 1e-4)])
+@pytest.mark.parametrize(
+    ("target", "within"), [("eager", 0.0), ("aot_eager", 1e-5), pytest.param("inductor", 1e-4, marks=pytest.mark.slow)]
+)
 def test_gradients_are_those_of_the_model_by_hand(target: str, within: float) -> None:
     model = fleet.build("vit").train()
     inputs, tokens = fleet.example(model, 2), drawn(3, 32)

@@ -121,7 +121,7 @@ def test_a_tower_of_transformers_equals_the_run_by_hand(name: str, attention: st
     assert all(difference(got, one) <= 1e-5 for got, one in zip(out.hidden_states, states, strict=True))
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_restored_outputs_hold_each_patch_s_merged_token(target: str) -> None:
     model = fleet.shared("clip")
     inputs = fleet.example(model, 3)
