@@ -43,7 +43,7 @@ def read_out(ctx: Context, step: Insert, owner: str, content: Node, slots: Slots
         raise EditError("the model returns no value that the inserted tokens could stand for", where=[step.at])
     spots = [i for i, each in enumerate(output.args[0]) if each is replaced]
     _return(ctx, spots, stream)
-    if not _shortened(ctx, owner, slots, content):
+    if _used_later(ctx, step) or not _shortened(ctx, owner, slots, content):
         with ctx.editor.before(output):
             places = ctx.editor.call(tokred.kept_indices.default, slots.fresh, slots.count)
             stream = ctx.editor.call(tokred.gather_tokens.default, stream, places, 1, 0)
@@ -64,13 +64,18 @@ def _return(ctx: Context, spots: list[int], value: Node) -> None:
     ctx.program.output.args = (type(own)(value if i in spots else each for i, each in enumerate(own)),)
 
 
+def _used_later(ctx: Context, step: Insert) -> bool:
+    """Whether other steps may read what was made of all tokens."""
+    return bool(ctx.values.keys() - {step.name}) or any(
+        getattr(other, "of", None) == step.name for other in ctx.instance.steps
+    )
+
+
 def _shortened(ctx: Context, owner: str, slots: Slots, content: Node) -> bool:
     """Go on with the inserted tokens alone after the last attention, where nothing else is returned of what follows.
 
     Old tokens are still its keys and values; the feed-forward and the norms are of no more tokens than are read out.
     """
-    if ctx.values:  # which later steps may use
-        return False
     ctx.program.graph.eliminate_dead_code()
     ctx.refresh()
     middle, reach = ctx.sites.stacks[owner].blocks[-1].middle, ctx.sites.reach
