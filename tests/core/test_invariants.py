@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import tokcompile
 
 PADS = {"none": (), "left": (2, 0, 1)}
-CORE = {"fastv", "hiprune", "tome", "pospad", "meta_tokens", "v2pe"}
-"""A rule of each verb and place, of which `make test` asks most of what `make test-slow` asks of every rule."""
+CORE = {"fastv", "hiprune", "tome", "pospad"}
+"""Rules that drop late and early, merge, and mark: `make test` asks of them most of what `make test-slow` asks."""
 COMPILED, DYNAMIC = {"hiprune", "pospad"}, {"fastv", "tome"}
 """Those that `make test` compiles by Inductor and for all lengths, which takes long."""
 USUAL = 3

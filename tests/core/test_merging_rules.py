@@ -11,7 +11,7 @@ import naive
 import pytest
 import torch
 from core.test_export import exported
-from harness import difference, greedy, prune, refusal
+from harness import difference, greedy, pairwise, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
@@ -64,7 +64,7 @@ def _two_images(model: nn.Module, batch: int) -> dict[str, Tensor]:
     return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 @each_rule
 def test_two_images_in_a_row(rule: str, batch: int) -> None:
     """Merged one by one before the projector; clustered together after it, as a video's frames are."""
@@ -157,9 +157,15 @@ def test_the_paper_s_sizes_leave_64_of_576_tokens() -> None:
         assert source[54:] == left[:469:52] and len(left) == 523
 
 
-@pytest.mark.parametrize("content", ["sum", "average"])
-@pytest.mark.parametrize("contextual", [1, 4, 11])
-@pytest.mark.parametrize("name", ["llava", "llava-siglip-qwen2"])
+@pytest.mark.parametrize(
+    ("name", "contextual", "content"),
+    [
+        pytest.param(*case.values(), marks=() if number < 4 else (pytest.mark.slow,))
+        for number, case in enumerate(
+            pairwise({"name": ("llava", "llava-siglip-qwen2"), "contextual": (1, 4, 11), "content": ("sum", "average")})
+        )
+    ],
+)
 def test_contextual_tokens(name: str, contextual: int, content: str) -> None:
     """One target takes all that is left; eleven leave one or two that are merged."""
     model = fleet.shared(name)
@@ -200,7 +206,10 @@ def test_tokens_that_an_earlier_rule_dropped_are_not_chosen_again() -> None:
 # Clusters.
 
 
-@pytest.mark.parametrize("options", [{"normalise": False}, {"seed": 5}, {"iterations": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"normalise": False}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"seed": 5}, {"iterations": 1}))],
+)
 def test_options_of_clusters(options: dict[str, Any]) -> None:
     model = fleet.shared("llava")
     inputs = fleet.example(model, 3, PADS[3])
