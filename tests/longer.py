@@ -19,6 +19,11 @@ Middle = Callable[[int, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 """Of a block's number, the stream, which tokens are inserted ones, and cosines and sines, the stream behind it."""
 
 
+def real(inputs: Mapping[str, Tensor]) -> list[list[bool]]:
+    """Which tokens of each row are real ones."""
+    return inputs["attention_mask"].bool().tolist()
+
+
 def front(valid: list[list[bool]], count: int) -> Places:
     """Tokens in front of the first real one of each row."""
     out = []
@@ -219,3 +224,26 @@ def features_without_the_first(model: nn.Module, count: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def steps(
+    model: nn.Module, inputs: dict[str, Tensor], places: Callable[[list[list[bool]]], Places], count: int, **how: Any
+) -> Tensor:
+    """Logits of a prompt and steps after it, [B, count, V], of runs over all tokens so far: none has a cache.
+
+    Args:
+        places: where inserted tokens stand in a prompt, given its real tokens; they stay there.
+        how: further arguments of `decoder`.
+    """
+    logits, start = [], inputs["input_ids"].shape[1]
+    for step in range(count):
+        mask = inputs["attention_mask"]
+        given = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        rows = [[*row, *range(start, start + step)] for row in places([valid[:start] for valid in real(inputs)])]
+        out, _ = decoder(model, inputs, rows, given=given, **how)
+        logits.append(out[:, -1])
+        word = logits[-1].argmax(-1, keepdim=True)
+        more = {"input_ids": word, "attention_mask": torch.ones_like(word)}
+        inputs = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in inputs.items()}
+    return torch.stack(logits, 1)

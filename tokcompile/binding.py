@@ -212,9 +212,10 @@ def _without_keep(rule: Rule, options: Mapping[str, object]) -> Mapping[str, obj
     except TokredError as error:
         cause = f"option '{KEEP}' of rule '{rule.name}': {error.cause}"
         raise RuleError(cause, where=place, found=error.found, remedy=error.remedy) from None
-    tokens = "image.tokens"
-    count = f"min({value}, {tokens})" if isinstance(value, int) else None
-    count = count or f"max({tokens} * {value.numerator} // {value.denominator}, 1)"
+    if isinstance(value, int):
+        count = f"min({value}, image.tokens)"
+    else:
+        count = f"max(image.tokens * {value.numerator} // {value.denominator}, 1)"
     rest = {name: given for name, given in options.items() if name != KEEP}
     return {**rest, **{name: re.sub(rf"\b{KEEP}\b", f"({count})", text) for name, text in sets.items()}}
 

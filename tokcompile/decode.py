@@ -9,6 +9,7 @@ from layer to layer as the caches do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -92,7 +93,7 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
     known = _known(rule, facts)
     found: list[Drop | Merge | Insert] = []
     for step in rule.rule.steps:
-        if isinstance(step, Merge) and str(substitute(str(step.write_back), known)) == "True":
+        if isinstance(step, Merge) and _writes_back(step, known):
             continue
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
@@ -101,6 +102,12 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
             given = {f: v for f, v in step.given().items() if has_expression(v)}
             found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
     return found
+
+
+def _writes_back(step: Merge, known: Mapping[str, Any]) -> bool:
+    """Whether a merge leaves the sequence as long as it was."""
+    given = step.write_back
+    return bool(substitute(given, known) if has_expression(given) else given)
 
 
 def _marks(rule: RuleInstance, facts: Mapping[str, int]) -> list[Mark]:

@@ -1,8 +1,8 @@
 """The arithmetic that a rule file may put between `${` and `}`: exact, tiny, and unable to run code.
 
 Names, dotted names, whole and decimal numbers, `+ - * / //`, unary minus, `min`, `max` and `isqrt`, the whole part of a
-square root: nothing else. Numbers are
-`int` or `Fraction`, never floats, because a budget that is a hair off keeps another number of tokens.
+square root: nothing else. Numbers are `int` or `Fraction`, never floats, because a budget that is a hair off keeps
+another number of tokens.
 """
 
 from __future__ import annotations

@@ -102,6 +102,10 @@ class Program:
         return [n for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
+SIZES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
+"""Operators that read how large a value is, and nothing of what it holds."""
+
+
 def place(node: Node) -> str:
     """Where a node comes from: its name, the module, and the last line of the model's source."""
     parts = [f"graph node '{node.name}' ({node.target})"]

@@ -22,7 +22,7 @@ from tokcompile.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.gathering import gather_dim, gather_flat, rows_apart
 from tokcompile.positions import positions_of, renumber
-from tokcompile.program import place
+from tokcompile.program import SIZES, place
 from tokcompile.shapes import contains, repair, takes_apart
 from tokcompile.sites import Sites
 from tokcompile.standins import of_images, without_stand_ins
@@ -32,7 +32,6 @@ aten = torch.ops.aten
 tokred = torch.ops.tokred
 WHOLE = "tokred_whole"
 """Marks a reader of a stream that goes on reading all of its tokens when some are cut there."""
-_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
 
 
 def _writes(user: Node, value: Node) -> bool:
@@ -151,7 +150,7 @@ class Transport:
                 return
 
     def _visit(self, node: Node) -> None:
-        if node.target in _SIZES:
+        if node.target in SIZES:
             self._old_size(node)
             return
         if node in self.axes.unknown:

@@ -185,7 +185,7 @@ REFUSED = {
     ),
     "two rotations": (
         ["carope", {"rule": "rope_scaling", "factor": 2.0}],
-        "",
+        "no rotary tables that are computed from positions",
     ),
 }
 

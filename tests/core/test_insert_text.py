@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness import cases, difference, greedy, prune, refusal
 from inserting import drawn, held, rule, tokens
-from torch import Tensor, nn
+from torch import nn
 
 import tokcompile
 from tokcompile import Weights
@@ -49,10 +49,6 @@ def _how(places: str, positions: str) -> dict[str, Any]:
     return {"counted": positions != "kept", "silent": positions != "counted", "hidden": places in HIDDEN}
 
 
-def _valid(inputs: dict[str, Tensor]) -> list[list[bool]]:
-    return inputs["attention_mask"].bool().tolist()
-
-
 @pytest.mark.parametrize(
     "case",
     cases(
@@ -77,7 +73,7 @@ def test_a_text_equals_the_run_by_hand(case: dict[str, Any], tmp_path: Path) -> 
         logits, lengths = longer.decoder(
             model,
             inputs,
-            places(_valid(inputs)),
+            places(longer.real(inputs)),
             tokens(weights),
             case["block"],
             **_how(case["places"], case["positions"]),
@@ -95,7 +91,7 @@ def test_logits_of_inserted_tokens_are_there_unless_taken_out(tmp_path: Path) ->
         logits, _ = longer.decoder(
             model,
             inputs,
-            longer.front(_valid(inputs), 2),
+            longer.front(longer.real(inputs), 2),
             tokens(weights),
             counted=False,
             silent=True,
@@ -114,7 +110,7 @@ def test_tokens_that_are_not_learned(content: str, tmp_path: Path) -> None:
     out = prune(model, rule=path, weights=weights)(**inputs)
     assert not weights.state_dict()
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    for row, valid in enumerate(_valid(inputs)):
+    for row, valid in enumerate(longer.real(inputs)):
         real = embedded[row, valid].mean(0, keepdim=True)
         made = real if content == "mean" else torch.zeros_like(real)
         one = fleet.row(inputs, row)
@@ -175,7 +171,7 @@ def test_one_dynamic_graph_serves_all_lengths(fields: dict[str, Any], places: An
             logits, _ = longer.decoder(
                 model,
                 inputs,
-                places(_valid(inputs)),
+                places(longer.real(inputs)),
                 tokens(weights),
                 **_how(fields["where"].partition(":")[0], "counted"),
             )
@@ -206,7 +202,7 @@ def test_a_loss_is_that_of_the_tokens_that_are_the_text_s_own(tmp_path: Path) ->
     path = rule(tmp_path, where="every:3", shared=True, until="head.input", **POSITIONS["counted"])
     out = prune(model, rule=path, weights=weights)(**inputs, labels=inputs["input_ids"])
     with torch.no_grad():
-        logits, _ = longer.decoder(model, inputs, longer.every(_valid(inputs), 3), tokens(weights))
+        logits, _ = longer.decoder(model, inputs, longer.every(longer.real(inputs), 3), tokens(weights))
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
     assert difference(out.logits, logits) == 0
     assert abs(out.loss.item() - expected.item()) <= 1e-6
@@ -230,7 +226,7 @@ def test_a_later_drop_never_takes_inserted_tokens(tmp_path: Path) -> None:
     path = rule(tmp_path, where="listed", places=[1, 4, 9])
     pruned = prune(model, rules=[{"rule": path}, {"rule": "random", "keep": 5}])
     pruned(**inputs)
-    places = longer.at(_valid(inputs), [1, 5, 11])
+    places = longer.at(longer.real(inputs), [1, 5, 11])
     for ids, row, kept in zip(inputs["input_ids"], places, pruned.kept[-1], strict=True):
         assert len(kept) == len(row) - 16 + 5
         assert all(
@@ -239,24 +235,6 @@ def test_a_later_drop_never_takes_inserted_tokens(tmp_path: Path) -> None:
 
 
 # Steps after the prompt.
-
-
-def _by_hand(
-    model: nn.Module, inputs: dict[str, Tensor], places: Any, held: Tensor, block: int, steps: int, how: Any
-) -> Tensor:
-    """Logits of each step, of runs over all tokens so far: the prompt's tokens stay where they are."""
-    logits, start = [], inputs["input_ids"].shape[1]
-    for step in range(steps):
-        mask = inputs["attention_mask"]
-        given = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        rows = [[*row, *range(start, start + step)] for row in places([valid[:start] for valid in _valid(inputs)])]
-        with torch.no_grad():
-            out, _ = longer.decoder(model, inputs, rows, held, block, given=given, **how)
-        logits.append(out[:, -1])
-        word = logits[-1].argmax(-1, keepdim=True)
-        more = {"input_ids": word, "attention_mask": torch.ones_like(word)}
-        inputs = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in inputs.items()}
-    return torch.stack(logits, 1)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +266,7 @@ def test_generate_equals_a_run_by_hand(case: dict[str, Any], tmp_path: Path) -> 
     brought = tokens(weights)
     tokcompile.restore(model)
     how = _how(case["places"], case["positions"])
-    assert difference(got, _by_hand(model, inputs, places, brought, case["block"], 3, how)) <= 1e-4
+    assert difference(got, longer.steps(model, inputs, places, 3, tokens=brought, block=case["block"], **how)) <= 1e-4
 
 
 def test_random_places_go_on_without_padding_alone(tmp_path: Path) -> None:
@@ -302,7 +280,7 @@ def test_random_places_go_on_without_padding_alone(tmp_path: Path) -> None:
         model.generate(**fleet.example(model, 2, (2, 0), text=TEXT), **greedy(3))
     tokcompile.restore(model)
     how = _how("random", "counted")
-    assert difference(got, _by_hand(model, inputs, places, tokens(weights), 0, 3, how)) <= 1e-4
+    assert difference(got, longer.steps(model, inputs, places, 3, tokens=tokens(weights), **how)) <= 1e-4
 
 
 # Learned positions.
@@ -318,7 +296,7 @@ def test_learned_positions_of_a_longer_text(positions: str, tmp_path: Path) -> N
         tmp_path, at="embedding.output", where="listed", places=[0, 5], until="head.input", **POSITIONS[positions]
     )
     out = prune(model, rule=path, weights=weights)(**inputs, use_cache=False)
-    places = longer.at(_valid(inputs), [0, 6])
+    places = longer.at(longer.real(inputs), [0, 6])
     stack, words = model.transformer, model.transformer.wte(inputs["input_ids"])
     length = words.shape[1]
     if positions == "counted":

@@ -77,10 +77,6 @@ def how(places: str, positions: str) -> dict[str, Any]:
     return {"counted": positions != "kept", "silent": positions != "counted", "hidden": places in HIDDEN}
 
 
-def rows_of(inputs: dict[str, Tensor]) -> list[list[bool]]:
-    return inputs["attention_mask"].bool().tolist()
-
-
 def tokens(weights: Weights, name: str = "layered.t") -> Tensor:
     return weights.state_dict()[name]
 
@@ -109,7 +105,7 @@ def test_a_text_equals_the_run_by_hand(case: dict[str, Any], tmp_path: Path) -> 
     path = rule(tmp_path, insert, norm=case["norm"], **blocks)
     weights = trained(model, inputs, path)
     out = prune(model, rule=path, weights=weights)(**inputs)
-    given = (model, inputs, places(rows_of(inputs)), tokens(weights), case["block"])
+    given = (model, inputs, places(longer.real(inputs)), tokens(weights), case["block"])
     with torch.no_grad():
         expected, lengths = longer.decoder(*given, **how(case["places"], case["positions"]), middle=middle(weights))
         without, _ = longer.decoder(*given, **how(case["places"], case["positions"]))
@@ -142,7 +138,7 @@ def test_absolute_positions_turn_nothing(tmp_path: Path) -> None:
     weights = trained(model, inputs, path)
     got = prune(model, rule=path, weights=weights)(**inputs, use_cache=False).logits
     # The block by hand, up to the end of its attention; then the layer, and the model's own modules again.
-    block, places = model.transformer.h[0], longer.at(rows_of(inputs), [2, 6])
+    block, places = model.transformer.h[0], longer.at(longer.real(inputs), [2, 6])
     ids = inputs["input_ids"]
     with torch.no_grad():
         x = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
@@ -150,7 +146,7 @@ def test_absolute_positions_turn_nothing(tmp_path: Path) -> None:
         more = x.shape[1]
         mask = torch.ones(more, more, dtype=torch.bool).tril()[None, None]
         x = x + block.attn(block.ln_1(x), attention_mask=mask)[0]
-        flags = longer.inserted(places, rows_of(inputs))
+        flags = longer.inserted(places, longer.real(inputs))
         x = layered.attend(x, flags, layered.parts(weights, "layered", "own", 0), HEADS)
         x = x + block.mlp(block.ln_2(x))
         for later in model.transformer.h[1:]:
@@ -181,7 +177,7 @@ def test_the_rule_of_the_library_equals_the_run_by_hand(places: str) -> None:
     options: dict[str, Any] = {"places": places, "share": 0.25, "seed": 2, "layers": 2}
     weights = trained(model, inputs, "meta_tokens", **options)
     got = prune(model, rule="meta_tokens", weights=weights, **options)(**inputs).logits
-    valid = rows_of(inputs)
+    valid = longer.real(inputs)
     total, count = len(valid[0]), round(len(valid[0]) / 4)
     luck = torch.tensor(naive.lucky(total + count, 2))
     lucky = longer.at(valid, sorted(naive.best(luck, range(total + count), count)))
@@ -240,7 +236,7 @@ def test_a_dynamic_graph_serves_many_lengths(lengths: tuple[int, ...], graphs: i
         got = pruned(**inputs).logits
         count = round(length * 0.1)
         luck = torch.tensor(naive.lucky(length + count, 0))
-        rows = longer.at(rows_of(inputs), sorted(naive.best(luck, range(length + count), count)))
+        rows = longer.at(longer.real(inputs), sorted(naive.best(luck, range(length + count), count)))
         with torch.no_grad():
             expected, _ = longer.decoder(model, inputs, rows, tokens(weights), middle=middle(weights))
         assert difference(got, expected) <= 2e-5
@@ -248,24 +244,6 @@ def test_a_dynamic_graph_serves_many_lengths(lengths: tuple[int, ...], graphs: i
 
 
 # Steps after the prompt, and other rules.
-
-
-def _by_hand(
-    model: nn.Module, inputs: dict[str, Tensor], places: Any, weights: Weights, steps: int, given: dict[str, Any]
-) -> Tensor:
-    """Logits of each step, of runs over all tokens so far without a cache."""
-    logits, start = [], inputs["input_ids"].shape[1]
-    for step in range(steps):
-        mask = inputs["attention_mask"]
-        old = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        rows = [[*row, *range(start, start + step)] for row in places([valid[:start] for valid in rows_of(inputs)])]
-        with torch.no_grad():
-            out, _ = longer.decoder(model, inputs, rows, tokens(weights), given=old, middle=middle(weights), **given)
-        logits.append(out[:, -1])
-        word = logits[-1].argmax(-1, keepdim=True)
-        more = {"input_ids": word, "attention_mask": torch.ones_like(word)}
-        inputs = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in inputs.items()}
-    return torch.stack(logits, 1)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +259,8 @@ def test_generate_equals_a_run_by_hand(case: dict[str, Any], tmp_path: Path) -> 
     tokcompile.compile(model, rule=path, target="eager", weights=weights)
     got = torch.stack(model.generate(**inputs, **greedy(3)).logits, 1)
     tokcompile.restore(model)
-    expected = _by_hand(model, inputs, places, weights, 3, how(case["places"], case["positions"]))
+    told = {"tokens": tokens(weights), "middle": middle(weights), **how(case["places"], case["positions"])}
+    expected = longer.steps(model, inputs, places, 3, **told)
     assert difference(got, expected) <= 1e-4
 
 
@@ -297,8 +276,8 @@ def test_a_later_drop_may_take_some_of_the_tokens(positions: str, seed: int, tmp
     pruned = prune(model, rules=[{"rule": path}, drop], weights=weights)
     got = pruned(**inputs, use_cache=False).logits
     (kept,) = pruned.kept
-    places = longer.every(rows_of(inputs), 3)
-    flags = longer.inserted(places, rows_of(inputs))
+    places = longer.every(longer.real(inputs), 3)
+    flags = longer.inserted(places, longer.real(inputs))
     left = [sum(bool(flags[row, i]) for i in own) for row, own in enumerate(kept)]
     assert all(count < int(flags[0].sum()) for count in left)
     cut = {1: naive.Cut(1, lambda state: kept, positions == "compact")}

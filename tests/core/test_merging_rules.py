@@ -11,7 +11,7 @@ import naive
 import pytest
 import torch
 from core.test_export import exported
-from harness import difference, greedy, pairwise, prune, refusal
+from harness import cases, difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
@@ -158,16 +158,11 @@ def test_the_paper_s_sizes_leave_64_of_576_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "contextual", "content"),
-    [
-        pytest.param(*case.values(), marks=() if number < 4 else (pytest.mark.slow,))
-        for number, case in enumerate(
-            pairwise({"name": ("llava", "llava-siglip-qwen2"), "contextual": (1, 4, 11), "content": ("sum", "average")})
-        )
-    ],
+    "case", cases(4, name=("llava", "llava-siglip-qwen2"), contextual=(1, 4, 11), content=("sum", "average"))
 )
-def test_contextual_tokens(name: str, contextual: int, content: str) -> None:
+def test_contextual_tokens(case: dict[str, Any]) -> None:
     """One target takes all that is left; eleven leave one or two that are merged."""
+    name, contextual, content = case.values()
     model = fleet.shared(name)
     inputs = fleet.example(model, 2, (1, 0))
     queries = "cls" if naive.class_tokens(model) else "all"

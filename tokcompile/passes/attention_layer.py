@@ -11,6 +11,7 @@ from tokcompile.passes.context import Context
 from tokcompile.passes.insertplaces import Slots
 from tokcompile.passes.learned import Learned
 from tokcompile.passes.turning import Turning
+from tokcompile.program import SIZES
 from tokcompile.program import place as node_place
 from tokcompile.sites.address import Place, resolve_every
 from tokcompile.sites.attention import Attention
@@ -19,7 +20,6 @@ from tokcompile.steps import Layer
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
-_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
 
 
 def add_attention(ctx: Context, step: Layer, record: dict[str, object]) -> None:
@@ -96,6 +96,7 @@ def _site(ctx: Context, place: Place) -> Attention:
         "the heads of a block are not known, and so neither those of a layer after it",
         where=[place.address, node_place(block.attention.node)],
         found=f"queries {tuple(shape)}",
+        remedy="use it on blocks whose queries are [B, H, T, D], compiled with a static number of heads",
     )
 
 
@@ -109,7 +110,7 @@ def _add(
 ) -> int:
     """Put the layer in at one place, and return how many parameters it has; blocks of the same tokens share flags."""
     node, site, call = place.node, _site(ctx, place), ctx.editor.call
-    users = [u for u in node.users if u.target not in _SIZES]
+    users = [u for u in node.users if u.target not in SIZES]
     rotation = rotations.get(site)
     needed: list[Node] = [node, slots.fresh, *([slots.count] if isinstance(slots.count, Node) else [])]
     if rotation is not None:

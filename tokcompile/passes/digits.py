@@ -24,7 +24,7 @@ _PARTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, a
 
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
+class Turned:
     """One rotation of queries or of keys.
 
     Attributes:
@@ -65,7 +65,7 @@ def rotate_digits(ctx: Context, step: Rotate, found: list[Frequencies], record: 
                 tables.meet(site, query, key)
 
 
-def rotation(turn: Turn) -> Rotation:
+def rotation(turn: Turn) -> Turned:
     """What a product with cosines is part of, from the value before to the value after, parts that are not turned too.
 
     Raises:
@@ -85,7 +85,7 @@ def rotation(turn: Turn) -> Rotation:
             before = before.args[0].args[0]
         else:
             raise _unknown(turn)
-    return Rotation(before, after, heads_of(turn), turn)
+    return Turned(before, after, heads_of(turn), turn)
 
 
 def _is_last(cat: Node) -> bool:
@@ -112,7 +112,7 @@ class _Tables:
         self.frequencies = frequencies
         self._made: dict[tuple[object, ...], Node] = {}
 
-    def meet(self, site: Attention, query: Rotation, key: Rotation) -> None:
+    def meet(self, site: Attention, query: Turned, key: Turned) -> None:
         """Let the positions meet one attention's queries and keys."""
         with self.editor.before(min((query.turn.node, key.turn.node), key=lambda n: n._sort_key)):
             tables = [self._table(name, r) for name, r in (("q", query), ("k", key))]
@@ -129,7 +129,7 @@ class _Tables:
                 met = self.editor.call(target, rotated.before, table)
             self.editor.replace(rotated.after, met)
 
-    def _table(self, name: str, rotated: Rotation) -> Node:
+    def _table(self, name: str, rotated: Turned) -> Node:
         """Rows of a table for the tokens that a rotation has, in its form and dtype."""
         value = rotated.before.meta["val"]
         heads, width = int(value.shape[rotated.heads]), int(value.shape[-1])
@@ -168,7 +168,7 @@ class _Tables:
         known = self.editor.call(aten.lt.Scalar, positions, int(self.step.length))
         self.editor.require(known, f"a position is past the {self.step.length} that the tables hold")
 
-    def _join(self, site: Attention, key: Rotation, readers: tuple[Node, Node], tables: list[Node]) -> None:
+    def _join(self, site: Attention, key: Turned, readers: tuple[Node, Node], tables: list[Node]) -> None:
         """Put what positions say beside queries and keys: their products are added to the scores."""
         (reader, keys), (mine, theirs) = readers, tables
         query, held = reader.args[0], keys.args[1 if keys is reader else 0]
@@ -192,7 +192,7 @@ class _Tables:
         sizes = [self.editor.size(value, 0), -1, -1, -1]
         return self.editor.call(aten.expand.default, rows, sizes)
 
-    def _cached(self, held: Node, key: Rotation) -> Node:
+    def _cached(self, held: Node, key: Turned) -> Node:
         """Keys stand one after the other up to the new ones: a cache that was never cut holds the tokens before it."""
         if self.ctx.shortened:
             raise EditError(
@@ -214,7 +214,7 @@ class _Tables:
         return call(aten.transpose.int, rows, 1, 2)
 
 
-def _whole_heads(rotated: Rotation, site: Attention) -> None:
+def _whole_heads(rotated: Turned, site: Attention) -> None:
     """Refuse a rotation of other values than the attention's own queries and keys [B, H, T, D]."""
     if rotated.heads != 1 or rotated.before.meta["val"].shape[-1] != site.query.meta["val"].shape[-1]:
         raise _unknown(rotated.turn)

@@ -12,6 +12,7 @@ from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection, oldest
 from tokcompile.passes.fold import folded_map
 from tokcompile.passes.select import is_text_axis, patch_axis
+from tokcompile.passes.turned import in_parts
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, find_fold, sequence
@@ -74,8 +75,7 @@ def check_positions(ctx: Context, place: Place) -> None:
             found="an image's tokens stand in height and width, and do not count one by one",
             remedy="use `positions: keep`",
         )
-    fractions = [n for n in ctx.sites.reach.order if n.target is tokred.variable_positions.default]
-    if any(ctx.sites.reach.any_above(r.positions, fractions) for r in rotary):
+    if any(in_parts(ctx, r.positions) for r in rotary):
         raise EditError(
             f"positions cannot be compacted: those of the {owner} are fractions",
             where=[place.address],

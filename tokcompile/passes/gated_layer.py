@@ -8,13 +8,13 @@ from torch.fx import Node
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.learned import Learned
+from tokcompile.program import SIZES
 from tokcompile.program import place as node_place
 from tokcompile.sites import resolve_address
 from tokcompile.sites.projector import projected_features
 from tokcompile.steps import Layer
 
 aten = torch.ops.aten
-_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
 
 
 def gate(ctx: Context, step: Layer, record: dict[str, object]) -> None:
@@ -45,7 +45,7 @@ def gate(ctx: Context, step: Layer, record: dict[str, object]) -> None:
         y = call(aten.mul.Tensor, gated, learned.linear("up", x, hidden, bias=bias))
         y = learned.linear("down", y, width, bias=bias)
         y = _in_form(ctx, y, output)
-    for user in [u for u in output.users if u.target not in _SIZES]:
+    for user in [u for u in output.users if u.target not in SIZES]:
         ctx.editor.swap_input(user, output, y)
     record |= {"width": hidden, "parameters": learned.size}
     ctx.refresh()

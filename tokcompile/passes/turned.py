@@ -43,10 +43,15 @@ def rotary_sites(ctx: Context, stack: str, at: str) -> list[Frequencies]:
     )
 
 
+def in_parts(ctx: Context, value: Node) -> bool:
+    """Whether a value is computed from positions that an earlier step counts in parts of 1."""
+    parts = [n for n in ctx.sites.reach.order if n.target is tokred.variable_positions.default]
+    return ctx.sites.reach.any_above(value, parts)
+
+
 def refuse_fractions(ctx: Context, frequencies: Frequencies, at: str) -> None:
     """Refuse positions that an earlier step counts in parts of 1, where whole ones are needed."""
-    parts = [n for n in ctx.sites.reach.order if n.target is tokred.variable_positions.default]
-    if ctx.sites.reach.any_above(frequencies.angles, parts):
+    if in_parts(ctx, frequencies.angles):
         raise EditError(
             "positions are fractions, and this step counts whole ones",
             where=[at],

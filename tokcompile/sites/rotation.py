@@ -67,6 +67,7 @@ def _rotation(turns: list[Turn], block: Block) -> Rotation:
             "queries of a block are turned by several tables, or by columns in an order that is not known",
             where=[place(block.attention.node)],
             found=f"columns of frequencies {sorted(pairs for _, pairs in columns)}",
+            remedy="use it on a model whose queries are turned half by half or pair by pair, by one table",
         )
     neighbours = _alternate(waves["cos"].value) if apart else not twice
     return Rotation(waves["cos"].table, waves["sin"].table, heads_of(waves["cos"]), apart, neighbours)
