@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,21 @@ class Subject:
     family: Family
     model: nn.Module
     inputs: dict[str, Any]
-    program: Program
-    sites: Sites
+
+    @cached_property
+    def program(self) -> Program:
+        """The model as it is captured; at the first question, since not every test asks."""
+        (program,) = capture(self.model, self.inputs)
+        return program
+
+    @cached_property
+    def sites(self) -> Sites:
+        """The sites of the program."""
+        return find_sites(self.program)
 
 
 def subject(family: Family, given: dict[str, Any] | None = None, **example: Any) -> Subject:
-    """Build, call once, capture; `example` has further arguments of the family's example inputs, `given` others."""
+    """Build and call once; `example` has further arguments of the family's example inputs, `given` others."""
     model = family.build()
     inputs = given or family.example(model, batch=2, padded=True, **example)
     if family.kind in ("decoder", "vlm", "encoder-decoder"):
@@ -92,8 +102,7 @@ def subject(family: Family, given: dict[str, Any] | None = None, **example: Any)
     inputs = tokcompile.precompute(model, inputs)
     with torch.no_grad():
         model(**inputs)
-    (program,) = capture(model, inputs)
-    return Subject(family, model, inputs, program, find_sites(program))
+    return Subject(family, model, inputs)
 
 
 def outputs(out: Any) -> list[Tensor]:

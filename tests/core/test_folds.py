@@ -22,14 +22,12 @@ from hypothesis import strategies as st
 import tokcompile
 from tokcompile import imagesizes
 from tokcompile.axes import Atom
-from tokcompile.capture import capture
 from tokcompile.edit import Editor
 from tokcompile.models import catalogue
 from tokcompile.passes.fold import of_patches, scores_of_features
 from tokcompile.pipeline import apply_rules
 from tokcompile.recording import replay
 from tokcompile.rulefile import parse_rules
-from tokcompile.sites import find_sites
 from tokcompile.sites.features import Fold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,8 +110,7 @@ def test_a_batch_of_one(name: str, tmp_path: Path) -> None:
         torch._dynamo.reset()
         pruned = prune(model, rule=tower(tmp_path), keep=7, **IMAGES)
         got = pruned(**inputs).logits
-        (program,) = capture(model, inputs)
-        it = families.Subject(family, model, inputs, program, find_sites(program))
+        it = families.Subject(family, model, inputs)
         with towers.shortened(it, pruned.kept[0]):
             expected = families.hand_run(it, "decoder", pruned.kept[1], block=0)
     assert families.compared([got], expected) == 0

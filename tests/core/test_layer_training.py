@@ -12,7 +12,7 @@ import naive
 import pytest
 import torch
 from core.test_export import exported
-from core.test_layer_text import HEADS, PLACES, POSITIONS, TEXT, middle, rows_of, rule, tokens, trained
+from core.test_layer_text import HEADS, PLACES, POSITIONS, TEXT, middle, rule, tokens, trained
 from harness import difference, prune, refusal
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_run_by_hand(tmp_path: Path) -> None:
 
         return layered.attend(x, flags, parts, HEADS, turn) if parts else x
 
-    logits, _ = longer.decoder(model, inputs, places(rows_of(inputs)), held["layered.t"], middle=run)
+    logits, _ = longer.decoder(model, inputs, places(longer.real(inputs)), held["layered.t"], middle=run)
     logits.square().sum().backward()
     expected = [p.grad for p in (*own.parameters(), *others)]
     assert len(got) == len(expected) == 1 + 2 * 6 + 3
@@ -93,7 +93,7 @@ def test_a_rewritten_program_has_the_layers_in_its_state_and_decomposes(tmp_path
     assert {k for k in rewritten.state_dict if k.startswith("tokred.")} == {f"tokred.{k}" for k in weights.state_dict()}
     with torch.no_grad():
         expected, _ = longer.decoder(
-            model, inputs, longer.at(rows_of(inputs), [1, 21]), tokens(weights), middle=middle(weights)
+            model, inputs, longer.at(longer.real(inputs), [1, 21]), tokens(weights), middle=middle(weights)
         )
     assert difference(rewritten.module()(**inputs), expected) <= 2e-5
     lowered = rewritten.run_decompositions()
