@@ -126,6 +126,19 @@ def by_tables(layout: str, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, 
     return added(x, scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
 
 
+def with_sinks(x: Tensor, positions: Tensor, inverse: Tensor, weight: Tensor, sinks: Tensor) -> Tensor:
+    """The layout `half` with attention that is written out: sinks [H] take a share of it, and are cut off again."""
+    table = _twice(positions.unsqueeze(-1).to(inverse.dtype) * inverse).unsqueeze(1)
+    q, k, v = queries_and_keys(x, weight)
+    q, k = (_whole(t, table.cos(), table.sin()) for t in (q, k))
+    k, v = (t.repeat_interleave(HEADS // KEY_HEADS, 1) for t in (k, v))
+    scores = torch.matmul(q, k.transpose(2, 3)) * WIDTH**-0.5
+    scores = scores + torch.full((TOKENS, TOKENS), -torch.inf).triu(1)
+    both = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(ROWS, -1, TOKENS, -1)], -1)
+    both = both - both.max(-1, keepdim=True).values
+    return added(x, torch.matmul(both.softmax(-1)[..., :-1], v))
+
+
 def queries_and_keys(x: Tensor, weight: Tensor) -> list[Tensor]:
     """Queries, keys and values [B, H, T, D]."""
     parts = linear(x, weight).unflatten(-1, (-1, WIDTH)).split([HEADS, KEY_HEADS, KEY_HEADS], 2)

@@ -9,6 +9,7 @@ from typing import Any
 import fleet
 import pytest
 import torch
+from graphs import traced
 from harness import difference, greedy, prune, refusal
 from rulecases.carope import parameters
 from torch import Tensor
@@ -30,6 +31,7 @@ from turntoys import (
     inputs,
     model,
     queries_and_keys,
+    with_sinks,
 )
 
 import tokcompile
@@ -169,8 +171,8 @@ def _parameters(how: str, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     }
 
 
-def _by_digits(layout: str, how: str, q: Tensor, k: Tensor) -> Tensor:
-    """The method's three forms, with a matrix of scores."""
+def _by_digits(layout: str, how: str, q: Tensor, k: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The method's three forms, with a matrix of scores; sinks [H] are logits beside those of the keys."""
     x, positions, _, weight = inputs(layout)
     queries, keys, values = queries_and_keys(x, weight)
     pq, pk = (table[positions].transpose(1, 2) for table in (q, k))
@@ -182,8 +184,9 @@ def _by_digits(layout: str, how: str, q: Tensor, k: Tensor) -> Tensor:
     if how == "scalar":
         scores = scores + pq @ pk.repeat_interleave(2, 1).transpose(2, 3)
     hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    weights = (scores / WIDTH**0.5).masked_fill(hidden, -math.inf).softmax(-1)
-    return added(x, weights @ values.repeat_interleave(2, 1))
+    weights = (scores / WIDTH**0.5).masked_fill(hidden, -math.inf).exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return added(x, weights / total @ values.repeat_interleave(2, 1))
 
 
 @pytest.mark.parametrize("layout", FLAT)
@@ -196,6 +199,18 @@ def test_what_positions_say_takes_the_place_of_the_rotation(layout: str, how: st
     program.graph.eliminate_dead_code()
     left = [n for n in program.graph.nodes if n.target in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)]
     assert not left
+
+
+@pytest.mark.parametrize("how", ["mul", "add", "scalar"])
+def test_what_positions_say_meets_attention_with_sinks(how: str) -> None:
+    """Positions add to the scores of keys; the share that sinks take is of the scores that this makes."""
+    sinks = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    program = traced(with_sinks, *inputs("half"), sinks)
+    edit(program, "rotate", by="digits", how=how, length=50)
+    given = _parameters(how)
+    named = {f"tokred_mine_{name}": value for name, value in given.items()}
+    got = functional_call(program.gm, named, (*inputs("half"), sinks))
+    assert difference(got, _by_digits("half", how, **given, sinks=sinks)) <= 2e-5
 
 
 @pytest.mark.parametrize("how", ["mul", "add", "scalar"])

@@ -183,4 +183,5 @@ def softmax_of(site: Attention) -> Node | None:
     if site.node.target not in _PRODUCTS:
         return None
     weights = _skip(site.node.args[0])
+    weights = _skip(weights.args[0]) if site.sinks is not None else weights  # a slice cuts their column off
     return weights if weights.target in _SOFTMAX else None
