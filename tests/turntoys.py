@@ -139,6 +139,14 @@ def with_sinks(x: Tensor, positions: Tensor, inverse: Tensor, weight: Tensor, si
     return added(x, torch.matmul(both.softmax(-1)[..., :-1], v))
 
 
+def two_kinds(x: Tensor, positions: Tensor, inverse: Tensor, weight: Tensor, late: Tensor) -> Tensor:
+    """Two layers of the layout `half`, each with frequencies of its own; tables of the second are computed first."""
+    tables = [_twice(positions.unsqueeze(-1).to(x.dtype) * each).unsqueeze(1) for each in (late, inverse)]
+    for table in reversed(tables):
+        x = by_tables("half", x, table.cos(), table.sin(), weight)
+    return x
+
+
 def queries_and_keys(x: Tensor, weight: Tensor) -> list[Tensor]:
     """Queries, keys and values [B, H, T, D]."""
     parts = linear(x, weight).unflatten(-1, (-1, WIDTH)).split([HEADS, KEY_HEADS, KEY_HEADS], 2)

@@ -37,10 +37,12 @@ class Tables:
     def give(self, turns: Iterable[Turn]) -> None:
         """Let products read the tables.
 
+        Products of one kind of angles are given together: what they share is made in front of the first of them.
+
         Raises:
             EditError: a product reads its table in a form that cannot be made.
         """
-        for turn in turns:
+        for turn in sorted(turns, key=lambda turn: turn.node._sort_key):
             with self.editor.before(turn.node):
                 self.editor.swap_input(turn.node, turn.table, self._fitted(turn))
 

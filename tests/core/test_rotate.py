@@ -31,6 +31,7 @@ from turntoys import (
     inputs,
     model,
     queries_and_keys,
+    two_kinds,
     with_sinks,
 )
 
@@ -155,6 +156,21 @@ def test_tokens_in_front_change_no_score_between_the_others() -> None:
 
     longer = torch.cat([torch.randn(2, 3, x.shape[-1], generator=rng), x], 1)
     assert difference(scores(longer)[:, :, 3:, 3:], scores(x)) <= 1e-4
+
+
+def test_phases_take_the_place_of_two_kinds_of_tables_in_whatever_order_these_are_computed() -> None:
+    """Layers share tables of phases, which are made in front of the first layer, not of the first angles."""
+    given = inputs("half")
+    x, positions, inverse, weight = given
+    program = traced(two_kinds, *given, inverse / 8)
+    edit(program, "rotate", by="content", base=100)
+    program.graph.lint()
+    rng = torch.Generator().manual_seed(5)
+    w, b = torch.randn(KEY_HEADS, x.shape[-1], generator=rng) / 8, torch.randn(KEY_HEADS, generator=rng)
+    angles = content(w, b, torch.ones(x.shape[:2], dtype=torch.bool))(x, positions, inverse)
+    expected = by_angles("half", by_angles("half", x, angles, weight), angles, weight)
+    got = functional_call(program.gm, {"tokred_mine_weight": w, "tokred_mine_bias": b}, (*given, inverse / 8))
+    assert difference(got, expected) <= 1e-4
 
 
 @pytest.mark.parametrize("layout", list(AXIS))

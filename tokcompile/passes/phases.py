@@ -49,8 +49,7 @@ def rotate_content(ctx: Context, step: Rotate, found: list[Frequencies], record:
         end = ctx.editor.call(aten.select.int, ctx.editor.call(aten.slice.Tensor, angles, 2, -1, _MAX), 2, 0)
         hand_on(ctx.program, _NAME, end)
     tables = Tables(ctx.editor, angles, passed=_passed(ctx, stream, found[0].turns[0]))
-    for each in found:
-        tables.give(each.turns)
+    tables.give(turn for each in found for turn in each.turns)
 
 
 def _alike(found: list[Frequencies]) -> int:
