@@ -187,8 +187,7 @@ def lucky(subject: Subject, keep: int) -> byhand.Kept:
 
 def exported(subject: Subject) -> torch.export.ExportedProgram:
     """The model as torch.export has it."""
-    with torch.no_grad():
-        return torch.export.export(subject.model, (), subject.inputs, strict=False)
+    return tokcompile.export(subject.model, subject.inputs)
 
 
 @torch.no_grad()
