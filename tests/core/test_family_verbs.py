@@ -7,6 +7,7 @@ the models of the fleet.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import families
@@ -18,6 +19,7 @@ from harness import greedy, prune, refusal
 from torch import Tensor
 
 import tokcompile
+from tokcompile import imagesizes
 from tokcompile.models import catalogue
 from tokcompile.rulefile import rule_names
 
@@ -35,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hita": {"queries": 2},
     "v2pe": {"delta": "1/4"},
     "ppe": {"keep": 5, "slots": 1},
-    "meta_tokens": {"places": "every", "share": 0.25},
+    "meta_tokens": {"places": "every"},
     "carope": {},
     "seqpe": {},
     "rope_scaling": {"factor": 2.0},
@@ -63,10 +65,17 @@ def test_every_rule_of_these_verbs_is_tried() -> None:
     assert set(OPTIONS) | others | alone == set(rule_names())
 
 
-def _options(name: str, rule: str) -> dict[str, Any]:
+def _options(name: str, rule: str, tokens: int) -> dict[str, Any]:
+    """Options for a prompt of a number of tokens."""
     params = tokcompile.rulefile.load_rule(rule).params
     keeps = {"positions": "keep"} if "positions" in params and name in COORDINATES else {}
-    return {"rule": rule, **OPTIONS[rule], **keeps}
+    share = {"share": 1 / _period(tokens)} if "places" in params else {}
+    return {"rule": rule, **OPTIONS[rule], **keeps, **share}
+
+
+def _period(tokens: int) -> int:
+    """After how many tokens one is put in, so that none falls due after the prompt: steps from a cache insert none."""
+    return next(n for n in itertools.count(4) if tokens // n == (tokens + STEPS - 1) // n)
 
 
 def _padded(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
@@ -86,10 +95,11 @@ def _padded(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "rule"), _cells())
 def test_steps_padding_rows_and_export_agree_or_a_rule_is_refused(name: str, rule: str) -> None:
-    family, options = ALL[name], _options(name, rule)
+    family = ALL[name]
     if why := unloaded.missing(family.needs):
         pytest.skip(why)
     it = families.subject(family, length=LENGTH.get(name, 17))
+    options = _options(name, rule, it.inputs["input_ids"].shape[1])
     torch._dynamo.reset()
     if (name, rule) in REFUSED:
         with pytest.raises(Exception, match=REFUSED[name, rule]) as caught:
@@ -123,4 +133,5 @@ def _generated(it: families.Subject, options: dict[str, Any]) -> tuple[Tensor, T
         out = it.model.generate(**prompt, **greedy(STEPS))
     finally:
         tokcompile.restore(it.model)
+        imagesizes.install(it.model)  # as a subject is made
     return torch.stack(out.logits, 1), out.sequences[:, -STEPS:]
