@@ -18,6 +18,7 @@ from harness import greedy, prune, refusal
 from torch import Tensor
 
 import tokcompile
+from tokcompile import imagesizes
 from tokcompile.models import catalogue
 from tokcompile.rulefile import rule_names
 
@@ -123,4 +124,5 @@ def _generated(it: families.Subject, options: dict[str, Any]) -> tuple[Tensor, T
         out = it.model.generate(**prompt, **greedy(STEPS))
     finally:
         tokcompile.restore(it.model)
+        imagesizes.install(it.model)  # which restore takes back, and without which some models come apart
     return torch.stack(out.logits, 1), out.sequences[:, -STEPS:]
