@@ -106,7 +106,8 @@ def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:
     if applied[0].phase != "prefill":
         return
     sites = find_sites(program)
-    lengths = {str(c.key.meta["val"].shape[2]) for c in sites.caches.values()}
+    own = [c.key for block, c in sites.caches.items() if sites.reach.above(block.input, c.key)]
+    lengths = {str(key.meta["val"].shape[2]) for key in own}
     if len(lengths) > 1 and any(b.attention.mask is not None for b in sites.caches):
         warnings.warn(
             f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a "

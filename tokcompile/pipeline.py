@@ -10,6 +10,7 @@ from tokcompile.applied import Applied
 from tokcompile.axes import product
 from tokcompile.binding import RuleInstance
 from tokcompile.carried import return_handed
+from tokcompile.crosscache import check_lengths, masked_lengths
 from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
@@ -84,9 +85,12 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
     try:
         resolved = instance.resolve(facts(program, sites))
         ctx = Context(program, editor, sites, resolved, counts=applied.counts)
+        read = masked_lengths(program, sites)
         for step in resolved.steps:
             try:
                 PASSES[step.verb](ctx, step)
+                if read:
+                    check_lengths(program, ctx.sites, read)
             except TokredError as error:
                 raise error.inside(f"{resolved.place(step)} ({step.verb})") from error
     except TokredError as error:

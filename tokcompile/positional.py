@@ -258,15 +258,18 @@ def _places(editor: Editor, made: TokenMap, token_map: TokenMap, flat: Node, ima
         token_map: the map of the features, [B * images, N'] of N.
         flat: bool [B, T], the places of features.
     """
-    rows = editor.size(flat, 0)
-    each, new = (editor.arithmetic(lambda n: n * images, n) for n in (token_map.old, token_map.new))
+    each = editor.arithmetic(lambda n: n * images, token_map.old)
     places = editor.call(tokred.kept_indices.default, flat, each)
-    chosen = editor.call(aten.reshape.default, token_map.source, [rows, images, token_map.new])
-    first = editor.call(aten.arange.default, images, device=chosen.meta["val"].device)
-    first = editor.call(aten.mul.Tensor, first, token_map.old)
-    chosen = editor.call(aten.add.Tensor, chosen, editor.call(aten.unsqueeze.default, first, 1))
-    chosen = editor.call(aten.reshape.default, chosen, [rows, new])
-    chosen = editor.call(aten.gather.default, places, 1, chosen)
     kept = editor.call(aten.gather.default, flat, 1, made.source)
-    spread = editor.call(tokred.splice_values.default, kept, chosen, 0.0)
-    return editor.call(aten.where.self, kept, spread, made.source)
+    chosen = editor.call(tokred.splice_values.default, kept, token_map.source, 0.0)
+    if images > 1:
+        # By their number in the row, not by a view of the map: of images that a model picks by their values none is
+        # known to be there.
+        number = editor.call(aten.sub.Tensor, editor.call(aten.cumsum.default, kept, 1), 1)
+        number = editor.call(aten.clamp.default, number, 0)
+        image = editor.call(aten.div.Tensor_mode, number, token_map.new, rounding_mode="floor")
+        chosen = editor.call(aten.add.Tensor, chosen, editor.call(aten.mul.Tensor, image, token_map.old))
+        last = editor.arithmetic(lambda n: n - 1, each)
+        chosen = editor.call(aten.clamp.default, chosen, 0, last)
+    chosen = editor.call(aten.gather.default, places, 1, chosen)
+    return editor.call(aten.where.self, kept, chosen, made.source)

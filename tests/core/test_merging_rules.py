@@ -10,12 +10,13 @@ import merging_naive
 import naive
 import pytest
 import torch
+from clustering_naive import decode
 from core.test_export import exported
 from harness import cases, difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
-from tokcompile.models import families
+from tokcompile.models import catalogue, families
 from tokcompile.rulefile import LIBRARY
 
 STEPS = 4
@@ -77,7 +78,66 @@ def test_two_images_in_a_row(rule: str, batch: int) -> None:
     _compared(pruned(**inputs), pruned.kept, merging_naive.run(model, inputs, merge))
 
 
+@torch.no_grad()
+def test_two_images_keep_the_positions_that_new_tokens_stand_for() -> None:
+    """Each image's new tokens stand at places of its own, in an order that is not that of the places."""
+    options, merge = RULES["visionzip"]
+    model = fleet.shared("llava")
+    inputs = _two_images(model, 2)
+    features, source = merge.mix(model, inputs["pixel_values"])
+    assert any(row != sorted(row) for row in source)
+    embed, rows, places = model.get_input_embeddings(), [], []
+    new = iter(zip(model.model.multi_modal_projector(features), source, strict=True))
+    for ids in inputs["input_ids"]:
+        image = [i for i, token in enumerate(ids.tolist()) if token == fleet.IMAGE]
+        starts = [i for i in image if i - 1 not in image]
+        row, place, end = [], [], 0
+        for start in starts:
+            made, stand = next(new)
+            row += [embed(ids[end:start]), made]
+            place += [*range(end, start), *(start + i for i in stand)]
+            end = start + len(image) // len(starts)
+        rows.append(torch.cat([*row, embed(ids[end:])]))
+        places.append([*place, *range(end, len(ids))])
+    hidden = torch.stack(rows)
+    expected = decode(model, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool), torch.tensor(places))
+    out = prune(model, rule="visionzip", positions="keep", **options)(**inputs)
+    assert difference(out.logits, expected) <= 1e-5
+
+
 # Pooling.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_tiles_that_the_model_picks_by_their_values_are_pooled(positions: str) -> None:
+    """How many tiles are left is known only when the model runs: each is pooled, and the text is made to fit."""
+    family = catalogue.family("smolvlm")
+    model = family.build()
+    inputs = family.example(model, batch=2, padded=True) | {"use_cache": False}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    image = ids == model.config.image_token_id
+    first = [row * 5 + column for row in (0, 2) for column in (0, 2)]  # bins overlap: 0-2 and 2-4 of 5
+    stay = [
+        [i for i, is_image in enumerate(row.tolist()) if not is_image or (int(row[:i].sum()) % 25) in first]
+        for row in image
+    ]
+
+    def pool(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        (x,) = args
+        grid = x.unflatten(1, (5, 5)).movedim(-1, 1)
+        return nn.functional.adaptive_avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+
+    short = {name: torch.stack([v[b, s] for b, s in enumerate(stay)]) for name, v in (("ids", ids), ("mask", mask))}
+    places = torch.tensor(stay) if positions == "keep" else torch.arange(len(stay[0])).expand(2, -1)
+    hook = model.model.connector.modality_projection.register_forward_pre_hook(pool)
+    by_hand = {"input_ids": short["ids"], "attention_mask": short["mask"], "position_ids": places}
+    expected = model(**(inputs | by_hand)).logits
+    hook.remove()
+    pruned = prune(model, rule="tokenflex", n=2, positions=positions)
+    got = pruned(**inputs).logits
+    assert pruned.kept == [[first] * 4, stay]
+    assert difference(got, expected) <= 1e-5
 
 
 def test_one_set_of_weights_serves_several_numbers_of_tokens() -> None:

@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 from tokcompile import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.backend import tokred
-from tokcompile.models import families
+from tokcompile.models import catalogue, families
 
 SCORE = "{name: s, by: norm, at: %s}"
 
@@ -251,3 +251,20 @@ def test_a_cache_of_a_fixed_size_is_not_taken_for_a_prompt() -> None:
     inputs = fleet.example(model, text=12) | {"past_key_values": cache}
     error = refused(model, inputs, CaptureError, rule="random", keep=4, among="all")
     assert "13 queries and 32 keys" in error.found and "DynamicCache" in error.remedy
+
+
+def test_fewer_keys_of_another_sequence_than_later_steps_mask(recwarn: pytest.WarningsRecorder) -> None:
+    """Without a cache the same edit is made; with one, a rule that leaves those keys alone is, without a warning."""
+    family = catalogue.family("mllama")
+    model = family.build()
+    inputs = family.example(model, batch=2, padded=True)
+    error = refused(model, inputs, EditError, rule="vqtoken", codes=5)
+    assert "15 of 78 keys" in error.found and "use_cache=False" in error.remedy
+    assert "vqtoken.yaml" in error.where[0] and "cross_attn" in error.where[1]
+    torch._dynamo.reset()
+    merged = prune(model, rule="vqtoken", codes=5)
+    merged(**inputs, use_cache=False)
+    assert [len(tile) for tile in merged.kept[0]] == [5] * 6  # three tiles in each of two rows
+    torch._dynamo.reset()
+    prune(model, rule="rope_scaling", factor=2.0)(**inputs)
+    assert not [w for w in recwarn if "leaves layers with caches" in str(w.message)]
