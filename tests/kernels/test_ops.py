@@ -66,6 +66,24 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 12, 12), torch.arange(b) % 12),
         lambda q, k, mask, index: ops.attention_row(q, k, mask, index, *ATTENTION),
     ),
+    "key_attention": (
+        lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 1, 12), bools(b, 12)),
+        lambda q, k, mask, valid: ops.key_attention(q, k, mask, valid, 3, 2, *ATTENTION, "sum"),
+    ),
+    "smooth_keys": (
+        lambda b: (floats(b, 2, 12).abs(), bools(b, 12)),
+        lambda scores, valid: ops.smooth_keys(scores, valid, 2, 3, "avg"),
+    ),
+    "key_cosine": (lambda b: (floats(b, 2, 12, 8), bools(b, 12)), lambda x, valid: ops.key_cosine(x, valid)),
+    "random_keys": (lambda b: (floats(b, 2, 12, 8), bools(b, 12)), lambda x, valid: ops.random_keys(x, valid, 3)),
+    "keep_keys": (
+        lambda b: (floats(b, 2, 12), bools(b, 12), bools(b, 12).flip(1)),
+        lambda scores, valid, among: ops.keep_keys(scores, valid, among, 1, 2, 5),
+    ),
+    "gather_keys": (
+        lambda b: (floats(b, 2, 12, 4), torch.arange(10 * b).view(b, 2, 5) % 12),
+        lambda x, index: ops.gather_keys(x, index),
+    ),
     "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
     "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
     "insert_tokens": (

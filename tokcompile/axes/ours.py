@@ -162,6 +162,25 @@ def received(ctx: Context, node: Node) -> Dims:
     return [key[0], key[-2]]
 
 
+def key_received(ctx: Context, node: Node) -> Dims:
+    """tokred::key_attention: one number per key and cached head."""
+    key = ctx.of(node.args[1])
+    return [key[0], fresh(shape(node)[1]), key[-2]]
+
+
+def chosen_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::keep_keys: for each head as many keys, which are counted anew."""
+    rows, heads, _ = ctx.of(node.args[0])
+    return [rows, heads, fresh(shape(node)[2])]
+
+
+def gathered_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::gather_keys: a cache of as many tokens as there are indices."""
+    dims, index = list(ctx.of(node.args[0])), ctx.of(node.args[1])
+    dims[2] = index[2]
+    return dims
+
+
 def leading(count: int) -> Callable[[Context, Node], Dims]:
     """Operators that keep only the first dimensions of their first argument."""
     return lambda ctx, node: list(ctx.of(node.args[0])[:count])
@@ -198,6 +217,12 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "attention_received": received,
     "attention_row": received,
     "attention": attention,
+    "key_attention": key_received,
+    "smooth_keys": like_first,
+    "key_cosine": leading(3),
+    "random_keys": leading(3),
+    "keep_keys": chosen_keys,
+    "gather_keys": gathered_keys,
     "topk_mask": pointwise,
     "dilate": like_first,
     "dilate_by_width": like_first,

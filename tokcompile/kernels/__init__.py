@@ -23,13 +23,17 @@ if __name__ == "tokcompile.kernels":
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .flagged_tokens import flagged_tokens
+    from .gather_keys import gather_keys
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .image_starts import image_starts
     from .insert_tokens import insert_tokens
     from .inserted_source import inserted_source
     from .inverse_map import inverse_map
+    from .keep_keys import keep_keys
     from .kept_indices import kept_indices
+    from .key_attention import key_attention
+    from .key_cosine import key_cosine
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .long_runs import long_runs
@@ -45,10 +49,12 @@ if __name__ == "tokcompile.kernels":
     from .original_places import original_places
     from .phase_scan import phase_scan
     from .pool_matrix import pool_matrix
+    from .random_keys import random_keys
     from .random_scores import random_scores
     from .slot_means import slot_means
     from .slot_positions import slot_positions
     from .slot_source import slot_source
+    from .smooth_keys import smooth_keys
     from .splice_values import splice_values
     from .strided_tokens import strided_tokens
     from .super_token_affinity import super_token_affinity
@@ -84,13 +90,17 @@ __all__ = [
     "fill_mask",
     "first_members",
     "flagged_tokens",
+    "gather_keys",
     "gather_tokens",
     "held_slots",
     "image_starts",
     "insert_tokens",
     "inserted_source",
     "inverse_map",
+    "keep_keys",
     "kept_indices",
+    "key_attention",
+    "key_cosine",
     "kmeans_assign",
     "last_valid",
     "long_runs",
@@ -107,11 +117,13 @@ __all__ = [
     "original_places",
     "phase_scan",
     "pool_matrix",
+    "random_keys",
     "random_scores",
     "reference_of",
     "slot_means",
     "slot_positions",
     "slot_source",
+    "smooth_keys",
     "splice_values",
     "strided_tokens",
     "super_token_affinity",

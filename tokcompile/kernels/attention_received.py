@@ -12,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _attention, _library
+from . import _attention, _columns, _library
 
 REDUCE = ("sum", "mean")
-# One block of logits is [B, rows, Tk]. Larger blocks leave the cache and cost memory, smaller ones make long graphs.
-MAX_BLOCK = 1 << 22
 
 
 def reference(
@@ -66,58 +64,13 @@ def reference(
         own = None if sink is None else sink[:, head, None, None]
         of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap, own)
         if heads == "max":
-            # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _add_columns.
-            total = torch.maximum(total, _add_columns(total.clamp(max=0), *of_head))
+            # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _columns.add.
+            total = torch.maximum(total, _columns.add(total.clamp(max=0), *of_head))
         else:
-            total = _add_columns(total, *of_head)
+            total = _columns.add(total, *of_head)
     counted = query.shape[2] if rows is None else rows.sum(1, keepdim=True).clamp(min=1)
     divisor = (query.shape[1] if heads == "mean" else 1) * (counted if reduce == "mean" else 1)
     return total.squeeze(1) / divisor
-
-
-def _add_columns(
-    total: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    rows: Tensor | None,
-    is_causal: bool,
-    softcap: float,
-    sink: Tensor | None,
-) -> Tensor:
-    """Add one head's column sums to total [B, 1, Tk].
-
-    query is [B, Tq, D], already scaled, mask [B or 1, Tq or 1, Tk or 1]. Accumulating chains the blocks, so that a
-    compiler takes one after the other. Of separate products Inductor makes reductions, fuses these over all heads and
-    so keeps the weights of all heads alive.
-    """
-    tokens = query.shape[1]
-    block = _block_rows(tokens, key.shape[1])
-    for start in range(0, tokens, block) if block is not None else (0,):
-        part = slice(start, tokens if block is None else min(start + block, tokens))
-        logits = torch.bmm(query[:, part], key.transpose(1, 2))
-        seen = mask if mask is None or mask.shape[1] == 1 else mask[:, part]
-        weights, factor = _attention.exponentials(
-            _attention.adjust(logits, seen, _causal(logits, start) if is_causal else None, softcap), sink
-        )
-        if rows is not None:
-            factor = torch.where(rows[:, part, None], factor, 0.0)
-        # Dividing by the row sums and adding up the rows is one product.
-        total = torch.baddbmm(total, factor.transpose(1, 2), weights)
-    return total
-
-
-def _block_rows(tokens: int, keys: int) -> int | None:
-    """Query rows a block, or None for all of them; symbolic lengths cannot be cut into a static number of blocks."""
-    if not (isinstance(tokens, int) and isinstance(keys, int)) or tokens * keys <= MAX_BLOCK:
-        return None
-    return max(1, MAX_BLOCK // keys)
-
-
-def _causal(logits: Tensor, start: int) -> Tensor:
-    """Bool [rows, Tk]: query row `start + i` sees keys up to its own index."""
-    row = torch.arange(logits.shape[1], device=logits.device)[:, None] + start
-    return torch.arange(logits.shape[2], device=logits.device) <= row
 
 
 attention_received = _library.define(
