@@ -90,6 +90,16 @@ _METHODS = {
 }
 
 
+def padding_name(block: int) -> str:
+    """Under which name it is handed on how much padding the cache of a decoder block holds, int64 [B]."""
+    return f"padding_{block}"
+
+
+def evicted_name(block: int) -> str:
+    """Under which name it is handed on how many keys the cache of a decoder block lost, int64 [B]."""
+    return f"evicted_{block}"
+
+
 def hand_on(program: Program, name: str, value: Node) -> None:
     """Let a graph hand a value [B, ...] on to the steps that follow, where its caller can keep it."""
     if program.carried is not None:

@@ -19,15 +19,16 @@ from tokcompile.applied import Applied
 from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
 from tokcompile.binding import RuleInstance
+from tokcompile.carried import evicted_name
 from tokcompile.edit import Editor, Length, sub
 from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
-from tokcompile.padding import Cut, follow_padding, takes_padding
+from tokcompile.padding import Cut, follow_padding, takes_padding, told
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
-from tokcompile.sites import Block, Sites, find_sites
-from tokcompile.steps import Drop, Insert, Mark, Merge
+from tokcompile.sites import Block, Sites, find_sites, resolve_caches, window_of
+from tokcompile.steps import Drop, Evict, Insert, Mark, Merge, Step
 
 aten = torch.ops.aten
 
@@ -60,7 +61,11 @@ def adapt_decode(
         )
         for first, step, rule, _ in drops
     ]
+    for rule in rules:
+        cuts += _evictions(program, sites, rule, _known(rule, facts))
+    evicted = {cut.first for cut in cuts if cut.alone}
     editor = Editor(program, rules[0].name, applied[0].counts)
+    padding = sites.padding
     if cuts:
         follow_padding(program, sites, cuts, editor, first_mark)
         sites = find_sites(program)
@@ -80,9 +85,18 @@ def adapt_decode(
         _, step, rule, record = here[0]
         _check_table(program, sites, [s for _, s, _, _ in here if isinstance(s, Insert)], rule)
         if step.positions == "compact":
-            _compact(program, find_sites(program), rule, places, first, record)
+            _compact(program, _again(program, padding), rule, places, first, record, evicted)
         elif first == 0:
             _check_given(program, sites, rule, step)
+
+
+def _again(program: Program, padding: Node | None) -> Sites:
+    """The sites as they are now, with the caller's padding mask, which no attention may read any more."""
+    sites = find_sites(program)
+    text = sites.text_stack()
+    if padding is not None and text is not None:
+        sites.paddings.setdefault(text[0], padding)
+    return sites
 
 
 def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | Insert]:
@@ -101,6 +115,22 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
         elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
             given = {f: v for f, v in step.given().items() if has_expression(v)}
             found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
+    return found
+
+
+def _evictions(program: Program, sites: Sites, rule: RuleInstance, known: Mapping[str, Any]) -> list[Cut]:
+    """Evictions as cuts, one for each cache: each may hold another number of tokens."""
+    found = []
+    for step in rule.rule.steps:
+        if not isinstance(step, Evict):
+            continue
+        _check_given(program, sites, rule, step)
+        at = str(substitute(step.at, known))
+        takes = takes_padding(rule.rule, step, known)
+        place = f"{rule.rule.path}:{step.line}"
+        for index, block, _ in resolve_caches(sites, at):
+            if window_of(block.attention, sites.reach) is None:
+                found.append(Cut(index, takes, place, alone=True))
     return found
 
 
@@ -165,7 +195,7 @@ def _check_table(program: Program, sites: Sites, inserts: Sequence[Insert], inst
             )
 
 
-def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Drop | Merge | Mark | Insert) -> None:
+def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: Step) -> None:
     """Kept positions must come from the caller: counted from the short cache they would be wrong."""
     inputs = [n for n in program.inputs() if not n.meta["val"].dtype.is_floating_point]
     for rotary in sites.rotary["decoder"]:
@@ -179,16 +209,25 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: D
 
 
 def _compact(
-    program: Program, sites: Sites, instance: RuleInstance, places: Sequence[int], first: int, applied: Applied
+    program: Program,
+    sites: Sites,
+    instance: RuleInstance,
+    places: Sequence[int],
+    first: int,
+    applied: Applied,
+    evicted: set[int],
 ) -> None:
-    """Number the new tokens from block `first` on, one of the places of drops, by those that each block still has."""
+    """Number the new tokens from block `first` on, one of the places of drops, by those that each block has seen.
+
+    These are what its cache holds, and in `evicted` blocks what that lost.
+    """
     blocks = sites.stacks["decoder"].blocks
     editor = Editor(program, instance.name, applied.counts)
     region = set(sites.reach.forward(blocks[first].input)) - {program.output}  # which also returns earlier caches
     for rotary in sites.rotary["decoder"]:
         positions = rotary.positions
         with editor.after([positions]):
-            done = {positions: _positions(editor, sites, positions, places, first)}
+            done = {positions: _positions(editor, sites, positions, places, first, evicted)}
         for node in sorted(region - {blocks[first].input}, key=sites.reach.order.__getitem__):
             for table in _tables(node, region, positions, sites):
                 with editor.before(node):
@@ -210,36 +249,56 @@ def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> lis
     ]
 
 
-def _positions(editor: Editor, sites: Sites, positions: Node, places: Sequence[int], first: int) -> Node:
+def _positions(
+    editor: Editor, sites: Sites, positions: Node, places: Sequence[int], first: int, evicted: set[int]
+) -> Node:
     """Positions of the new tokens from block `first` on, of the shape of those before it.
 
     They are smaller by the tokens dropped there: what the keys are fewer than those of the block before, or than the
-    tokens that the caller's mask still counts.
+    tokens that the caller's mask still counts. Keys that an eviction took are none of these.
     """
     blocks = sites.stacks["decoder"].blocks
     block = blocks[first]
     queries = editor.size(block.input, 1)
-    past = _past(editor, sites, blocks[first : min((p for p in places if p > first), default=len(blocks))])
+    past, source = _past(editor, sites, blocks[first : min((p for p in places if p > first), default=len(blocks))])
+    lost = _lost(editor, positions, blocks.index(source), evicted)
     if first:
         start = max((p for p in places if p < first), default=0)
-        before = _past(editor, sites, blocks[start:first])
-        return editor.call(aten.sub.Tensor, positions, editor.arithmetic(sub, before, past))
+        before, source = _past(editor, sites, blocks[start:first])
+        own = editor.call(aten.sub.Tensor, positions, editor.arithmetic(sub, before, past))
+        return _plus(editor, own, lost, _lost(editor, positions, blocks.index(source), evicted))
     if sites.padding is not None:
         counted = editor.size(sites.padding, 1)
         dropped = editor.arithmetic(lambda mask, old, new: mask - old - new, counted, past, queries)
-        return editor.call(aten.sub.Tensor, positions, dropped)
+        return _plus(editor, editor.call(aten.sub.Tensor, positions, dropped), lost)
     if queries == 1:
-        return editor.call(aten.full_like.default, positions, past)
+        return _plus(editor, editor.call(aten.full_like.default, positions, past), lost)
     dims = editor.program.axes.of(positions)
     tokens = editor.program.axes.of(block.input)[1]
     index = editor.call(aten.arange.default, queries, device=positions.meta["val"].device)
     index = editor.call(aten.add.Tensor, index, past)
     index = editor.call(aten.view.default, index, [-1 if dim == tokens else 1 for dim in dims])
-    return editor.call(aten.expand.default, index, [editor.size(positions, i) for i in range(len(dims))])
+    spread = editor.call(aten.expand.default, index, [editor.size(positions, i) for i in range(len(dims))])
+    return _plus(editor, spread, lost)
 
 
-def _past(editor: Editor, sites: Sites, blocks: Sequence[Block]) -> Length:
-    """How many tokens the caches of some blocks hold: of one that holds all of them, not the last of a window alone.
+def _lost(editor: Editor, positions: Node, block: int, evicted: set[int]) -> Node | None:
+    """How many keys an eviction took from a block's cache, of as many dimensions as positions and equal in all rows."""
+    if block not in evicted:
+        return None
+    count = told(editor, positions, evicted_name(block), "how many keys each cache lost")
+    one = editor.call(aten.slice.Tensor, count, 0, 0, 1)
+    return editor.call(aten.view.default, one, [1] * positions.meta["val"].ndim)
+
+
+def _plus(editor: Editor, positions: Node, more: Node | None, less: Node | None = None) -> Node:
+    if more is not None:
+        positions = editor.call(aten.add.Tensor, positions, more)
+    return positions if less is None else editor.call(aten.sub.Tensor, positions, less)
+
+
+def _past(editor: Editor, sites: Sites, blocks: Sequence[Block]) -> tuple[Length, Block]:
+    """How many tokens the caches of some blocks hold: of one, given too, that is not the last of a window alone.
 
     Raises:
         CaptureError: each of them is the cache of a window that is full.
@@ -247,7 +306,7 @@ def _past(editor: Editor, sites: Sites, blocks: Sequence[Block]) -> Length:
     for block in blocks:
         cache = sites.caches[block]
         if cache.past is not None and not any(_last_alone(user, cache.key) for user in cache.key.users):
-            return editor.size(cache.past, 2)
+            return editor.size(cache.past, 2), block
     raise CaptureError(
         "the positions of new tokens cannot be compacted: no cache says how many tokens of the prompt stayed",
         where=[place(blocks[0].attention.node)],

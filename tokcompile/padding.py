@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.context import MAX
+from tokcompile.carried import padding_name, take
 from tokcompile.edit import Editor, add
 from tokcompile.errors import CaptureError
 from tokcompile.expr import substitute
@@ -22,7 +23,7 @@ from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.rulefile import Rule
 from tokcompile.sites import Block, Sites
-from tokcompile.steps import Drop, Insert, Merge, Select
+from tokcompile.steps import Drop, Evict, Insert, Merge, Select
 from tokcompile.steps.insert import period_of
 
 aten = torch.ops.aten
@@ -37,15 +38,21 @@ class Cut:
         takes_padding: whether it drops padding, before any real token; else it drops none.
         place: rule file and line.
         inserts: the step that put tokens in, where it is no drop.
+        alone: whether it shortened the cache of `first` alone, and of no later block.
     """
 
     first: int
     takes_padding: bool
     place: str
     inserts: Insert | None = None
+    alone: bool = False
+
+    def shortens(self, block: int) -> bool:
+        """Whether the cache of a block is other than the model made it."""
+        return self.first == block if self.alone else self.first <= block
 
 
-def takes_padding(rule: Rule, step: Drop | Merge, known: Mapping[str, object]) -> bool:
+def takes_padding(rule: Rule, step: Drop | Merge | Evict, known: Mapping[str, object]) -> bool:
     """Whether the tokens that a drop chooses from are all of a row, or its text: padding is among these.
 
     A merge of features is of images alone.
@@ -74,10 +81,15 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
     made: dict[int, Node] = {}
     masks: dict[tuple[Node, int], Node] = {}
     for index, block in enumerate(sites.stacks["decoder"].blocks[:stop]):
-        here = [cut for cut in cuts if cut.first <= index]
+        here = [cut for cut in cuts if cut.shortens(index)]
         if not any(cut.takes_padding or cut.inserts for cut in here) or block not in sites.caches:
             continue  # blocks without a cache attend to images alone
-        if any(cut.takes_padding for cut in here) and not all(cut.takes_padding for cut in here):
+        mixed = any(cut.takes_padding for cut in here) and not all(cut.takes_padding for cut in here)
+        if mixed and any(cut.alone for cut in here) and not any(cut.inserts for cut in here):
+            left = _told(editor, sites.padding, block, sites.caches[block].past, index)
+            _swap(editor, sites, block, left, masks, index)
+            continue
+        if mixed:
             raise CaptureError(
                 "one drop took padding before another that takes none: what is left of it is not known",
                 where=[cut.place for cut in here],
@@ -110,6 +122,23 @@ def _left(editor: Editor, sites: Sites, padding: Node, block: Block, inserts: li
         columns = editor.call(aten.arange.default, columns, device=padding.meta["val"].device)
         seen = editor.call(aten.ge.Tensor, columns, spare)
         return editor.call(aten.to.dtype, seen, padding.meta["val"].dtype)
+
+
+def _told(editor: Editor, padding: Node, block: Block, past: Node, index: int) -> Node:
+    """A mask of a block's keys with zeros in front for the padding that the prompt's graph said its cache holds."""
+    count = told(editor, padding, padding_name(index), "how much padding each cache holds")
+    with editor.after([padding, block.input, past, count]):
+        keys = editor.arithmetic(add, editor.size(past, 2), editor.size(block.input, 1))
+        columns = editor.call(aten.arange.default, keys, device=padding.meta["val"].device)
+        seen = editor.call(aten.ge.Tensor, columns, editor.call(aten.unsqueeze.default, count, 1))
+        return editor.call(aten.to.dtype, seen, padding.meta["val"].dtype)
+
+
+def told(editor: Editor, like: Node, name: str, what: str) -> Node:
+    """A number for each row, int64 [B], that the prompt's graph handed on; `like` is [B, ...]."""
+    with editor.program.fake_mode:
+        value = like.meta["val"].new_empty(like.meta["val"].shape[0], dtype=torch.int64)
+    return take(editor.program, name, value, what)
 
 
 def _require_left(editor: Editor, padding: Node) -> None:

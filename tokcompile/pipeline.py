@@ -14,11 +14,12 @@ from tokcompile.crosscache import check_lengths, masked_lengths
 from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
-from tokcompile.errors import CaptureError, TokredError
+from tokcompile.errors import CaptureError, EditError, TokredError
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
+from tokcompile.sites.cache import SHORTENED
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
 from tokcompile.steps import Layer, Place, Rotate, Step
@@ -53,7 +54,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     if phase == "decode":
         known = facts(program, find_sites(program))
         adapt_decode(program, rules, known, done)
-        shortened = any(step.verb in ("drop", "merge") for instance in rules for step in instance.rule.steps)
+        shortened = any(step.verb in ("drop", "merge", "evict") for instance in rules for step in instance.rule.steps)
         for instance, applied in zip(rules, done, strict=True):
             _turn_decode(program, instance, known, applied, shortened)
     return_handed(program)
@@ -88,6 +89,7 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
         read = masked_lengths(program, sites)
         for step in resolved.steps:
             try:
+                _check_order(program, step)
                 PASSES[step.verb](ctx, step)
                 if read:
                     check_lengths(program, ctx.sites, read)
@@ -98,6 +100,20 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
             raise error.inside(f"rule '{instance.name}', after {', '.join(earlier)}") from error
         raise
     applied.steps = ctx.log
+
+
+def _check_order(program: Program, step: Step) -> None:
+    """Refuse to change a sequence, or what its keys are, after keys were chosen."""
+    if step.makes or step.verb == "evict":
+        return
+    evicted = next((n for n in program.output.all_input_nodes if n.target is SHORTENED), None)
+    if evicted is not None:
+        raise EditError(
+            "the tokens of a prompt cannot be changed after its keys were evicted",
+            where=[place(evicted)],
+            found=f"'{step.verb}' after an eviction",
+            remedy="evict last: put the rule that evicts behind all others",
+        )
 
 
 def _turn_decode(

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 PASSES = "tokcompile.passes"
 OPS = "tokcompile.ops"
 BUILT_IN = {
-    "score": ("attention_received", "norm", "cosine", "random"),
+    "score": ("attention_received", "norm", "cosine", "random", "recency"),
     "select": ("topk", "neighbours", "fill", "protect", "pooled"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens"),
     "layer": ("attention", "gated"),

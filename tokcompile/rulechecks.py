@@ -9,7 +9,7 @@ from tokcompile.binding import KEEP
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
 from tokcompile.params import FACTS
-from tokcompile.steps import REFERENCES, Score, Step
+from tokcompile.steps import REFERENCES, Evict, Score, Select, Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
@@ -36,6 +36,7 @@ def check_rule(rule: Rule) -> Iterator[str]:
         for field, kind, name in _references(step):
             _check_reference(step, field, kind, name, made, rule)
             used.add(name)
+    _check_caches(rule, made)
     if all(step.makes for step in rule.steps):
         raise RuleError("no step changes the model", where=rule.place("steps"), remedy="end the rule with a drop step")
     yield from _unused(rule, made, used)
@@ -113,6 +114,38 @@ def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[st
         raise RuleError(
             f"{NOUN[kind]} '{name}' is used before it is made", where=where, remedy="move the step that makes it up"
         )
+
+
+def _check_caches(rule: Rule, made: dict[str, Step]) -> None:
+    """Choices among keys of caches belong to evictions, and other choices do not."""
+    own = ("sinks", "recent", "taper")
+    chosen: dict[str, Score | None] = {}
+    for step in rule.steps:
+        where = f"{rule.path}:{step.line}"
+        if isinstance(step, Select):
+            scores = made.get(step.scores or "")
+            of_caches = isinstance(scores, Score) and scores.of_caches
+            chosen[step.name] = scores if of_caches else None
+            wrong = [f for f in own if not of_caches and f in step.model_fields_set]
+            if wrong:
+                cause = f"'{wrong[0]}' belongs to choices among keys of caches"
+                raise RuleError(cause, where=where, remedy="remove it, or score at: decoder.*.cache")
+            if of_caches and (step.by != "topk" or "windows" in step.model_fields_set):
+                cause = "keys of caches are chosen by: topk, of each head's all"
+                raise RuleError(cause, where=where, found=f"by: {step.by}", remedy="by: topk, without windows")
+        if isinstance(step, Evict):
+            scores = chosen.get(step.keep)
+            if scores is None:
+                cause = f"'keep: {step.keep}' is no choice among keys of caches"
+                raise RuleError(cause, where=where, remedy="score at the cache's address, and select by those scores")
+            if scores.at != step.at:
+                cause = f"keys of {scores.at} were scored, and those of {step.at} are evicted"
+                raise RuleError(cause, where=where, remedy="the same address in both")
+        elif step.verb != "select":
+            kept = getattr(step, "keep", None)
+            if isinstance(kept, str) and chosen.get(kept) is not None:
+                cause = f"'{kept}' is a choice among keys of caches, and '{step.verb}' takes tokens of a sequence"
+                raise RuleError(cause, where=where, remedy="evict the caches, or score at a value that has tokens")
 
 
 def _check_expressions(step: Step, rule: Rule) -> None:

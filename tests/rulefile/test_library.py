@@ -30,8 +30,14 @@ OTHER = {
     "meta_tokens": {"share": 0.25, "layers": 2},
     "hita": {"queries": 4},
     "aot_video": {"anchors": 54},
+    "snapkv": {"budget": "1/7", "kernel": 7},
+    "pyramidkv": {"budget": 99},
+    "h2o": {"budget": 99, "recent": 5},
+    "knorm": {"budget": 99},
+    "keydiff": {"budget": 99},
+    "random_kv": {"budget": 99},
 }
-"""Options of rules that have no budget."""
+"""Options of rules that have no `keep`."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}
 TOWER = FACTS | {"vision.used": 23, "vision.class_tokens": 1, "image.tokens": 576}
 SCHEMA = Path(__file__).parents[2] / "docs" / "rule.schema.json"

@@ -2,6 +2,7 @@
 
 from tokcompile.passes.context import Context, Scores, Selection
 from tokcompile.passes.drop import drop
+from tokcompile.passes.evict import evict
 from tokcompile.passes.insert import insert
 from tokcompile.passes.layer import layer
 from tokcompile.passes.mark import mark
@@ -23,6 +24,7 @@ PASSES = {
     "layer": layer,
     "place": place,
     "rotate": rotate,
+    "evict": evict,
 }
 
 __all__ = ["PASSES", "Context", "Scores", "Selection"]

@@ -16,7 +16,7 @@ from tokcompile.axes.context import MAX
 from tokcompile.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.program import Program
-from tokcompile.sites import Sites, find_sites
+from tokcompile.sites import Attention, Sites, find_sites
 from tokcompile.tokenmap import slots_of
 
 aten = torch.ops.aten
@@ -148,6 +148,27 @@ class Context:
                 own = those(slots)
                 mask = own if mask is None else self.editor.call(aten.logical_and.default, mask, own)
         return mask
+
+    def attention_mask(self, site: Attention) -> Node | None:
+        """What an attention's queries see, broadcastable to [B, H, Tq, Tk]: bool or additive; None without a mask."""
+        if site.padding is None:
+            return site.mask
+        mask = self.editor.call(aten.ne.Scalar, site.padding, 0)
+        for dim in (1, 1):
+            mask = self.editor.call(aten.unsqueeze.default, mask, dim)
+        return mask
+
+    def attention_sinks(self, site: Attention) -> list[Node]:
+        """The sinks of an attention as a further argument, [B, H], if there are any: those of one row, as of all."""
+        if site.sinks is None:
+            return []
+        row = self.editor.call(aten.select.int, site.sinks, 2, 0)
+        return [self.editor.call(aten.select.int, row, -1, 0)]
+
+    def mask_sources(self, among: str) -> list[Node]:
+        """What the masks of tokens of a text are made of: the caller's padding, and where images stand."""
+        splices = self.sites.splice.all if among != "all" and self.sites.splice is not None else []
+        return [*self.sites.paddings.values(), *(each.mask for each in splices)]
 
     def marks(self, axis: Dim) -> list[Node]:
         """The slots of every mark that an axis was cut by, in order."""

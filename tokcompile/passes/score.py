@@ -10,6 +10,7 @@ from torch.fx import Node
 from tokcompile.axes import Dim, product
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context, Scores, class_tokens
+from tokcompile.passes.keyscores import score_keys
 from tokcompile.program import place as node_place
 from tokcompile.sites import Attention, Place, resolve_address
 from tokcompile.sites.features import sequence, text_rows
@@ -25,6 +26,9 @@ def score(ctx: Context, step: Score) -> None:
     Attention received is a side output of one attention site: it is recomputed from that site's queries and keys for
     the rows that the rule names, so that every layer keeps its fused attention.
     """
+    if step.of_caches:
+        score_keys(ctx, step)
+        return
     if step.of is not None:
         tapped = ctx.values[step.of]
         place = Place(f"tap {step.of}", tapped.node, owner=tapped.owner)
@@ -53,7 +57,7 @@ def _received(ctx: Context, step: Score, place: Place) -> Scores:
     with ctx.editor.before(site.node):
         key = ctx.editor.call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
         axis = axes.of(site.key)[-1 if site.key_transposed else -2]
-        mask, sinks = _mask(ctx, site), _sinks(ctx, site)
+        mask, sinks = ctx.attention_mask(site), ctx.attention_sinks(site)
         rows = axes.of(site.query)[-2]
         if step.queries in ("last", "cls"):
             index = _row_index(ctx, site, place, step, rows)
@@ -94,23 +98,6 @@ def _rowwise(ctx: Context, scores: Node, axis: Dim) -> tuple[Node, Dim]:
     if not rows or axis[: len(rows)] != rows:
         return scores, axis
     return ctx.editor.call(aten.reshape.default, scores, [-1, product(axis[len(rows) :])]), axis[len(rows) :]
-
-
-def _mask(ctx: Context, site: Attention) -> Node | None:
-    if site.padding is None:
-        return site.mask
-    mask = ctx.editor.call(aten.ne.Scalar, site.padding, 0)
-    for dim in (1, 1):
-        mask = ctx.editor.call(aten.unsqueeze.default, mask, dim)
-    return mask
-
-
-def _sinks(ctx: Context, site: Attention) -> list[Node]:
-    """The sinks as a further argument, [B, H], if there are any: those of one query row, which are those of all."""
-    if site.sinks is None:
-        return []
-    row = ctx.editor.call(aten.select.int, site.sinks, 2, 0)
-    return [ctx.editor.call(aten.select.int, row, -1, 0)]
 
 
 def _row_index(ctx: Context, site: Attention, place: Place, step: Score, rows: tuple) -> Node:

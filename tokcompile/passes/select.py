@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
-from tokcompile.counts import count, images_per_row
+from tokcompile.counts import images_per_row
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.passes.fold import scores_of_features
+from tokcompile.passes.imagetokens import image_tokens, unknown_images
+from tokcompile.passes.keychoice import choose_keys
+from tokcompile.passes.keyscores import KeyScores
 from tokcompile.passes.pooled import select_pooled, sources
 from tokcompile.passes.width import grid_width
 from tokcompile.sites.features import features, find_fold, sequence
 from tokcompile.sites.features import images_per_row as packed_images
 from tokcompile.sites.grid import patch_grid
-from tokcompile.sites.projector import Projector
-from tokcompile.sites.splice import Splice
 from tokcompile.steps import Select
 
 aten = torch.ops.aten
@@ -31,6 +30,9 @@ SQUARE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 
 def select(ctx: Context, step: Select) -> None:
     """Insert the computation of one selection: a bool mask with an exact count per row."""
+    if isinstance(ctx.values.get(step.scores or ""), KeyScores):
+        choose_keys(ctx, step)
+        return
     ways = {"topk": _topk, "fill": _topk, "neighbours": _neighbours, "protect": _protect, "pooled": select_pooled}
     with ctx.editor.after(_sources(ctx, step)):
         made = ways[step.by](ctx, step)
@@ -140,43 +142,6 @@ def _count(axis: Dim) -> int:
     return size
 
 
-def image_tokens(ctx: Context, axis: Dim, total: Length, per: str) -> Length:
-    """Image tokens per row on a text axis: what the splice put there, less what was dropped since.
-
-    Raises:
-        EditError: rows cannot have as many each, or are to hold one image (`per` is `image`), and that is not known.
-    """
-    splice = ctx.sites.splice
-    projector = ctx.sites.projector
-    # Features that were handed out row by row are joined to a length that only the model knows.
-    counted = splice.features if projector is None or not _unknown(splice.features) else projector.input
-    features = [counted, *(each.features for each in splice.further)]
-    spliced = sum(prod(count(node, dim) for dim in range(node.meta["val"].ndim - 1)) for node in features)
-    rows = count(splice.node, 0)
-    if spliced % rows:
-        raise EditError("image tokens do not divide evenly among batch rows", found=f"{spliced} in {rows} rows")
-    if per == "image":
-        _check_one_image(projector, splice)
-    marks = ctx.marks(axis)
-    if marks:
-        return _images_left(ctx, marks, total)
-    sizes = (total, ctx.inserted_tokens(axis), ctx.editor.size(splice.node, 1))
-    return ctx.editor.arithmetic(lambda now, more, then: spliced // rows - (then + more - now), *sizes)
-
-
-def _images_left(ctx: Context, marks: list[Node], total: Length) -> Length:
-    """Image tokens per row after a mark: those that it kept, less what was dropped since. Markers are none."""
-    slots = marks[-1]
-    kept = slots.meta.get("kept")
-    if kept is None:
-        raise EditError(
-            "how many image tokens are left depends on the data",
-            found="an earlier mark that leaves short runs as they are",
-            remedy="use `min_run: 1`, or choose among all",
-        )
-    return ctx.editor.arithmetic(lambda held, then, now: held - (then - now), kept, ctx.editor.size(slots, 1), total)
-
-
 def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
     """Refuse a budget of what is not a row of these scores: of an image where that is a batch row, or the other way."""
     if ctx.sites.splice is None:
@@ -186,7 +151,7 @@ def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
         if packed is not None and packed.packed and packed.axis == axis:
             images = packed_images(ctx.program, ctx.sites, packed) if step.per == "image" else 1
             if images != 1:
-                raise _unknown_images(images)
+                raise unknown_images(images)
             return
     images = images_per_row(scores, ctx.sites.splice.node) if step.per == "row" else 1
     if images != 1:
@@ -195,26 +160,6 @@ def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
             found=f"{images} images in each row, with scores of their own",
             remedy="use `per: image`, or select at decoder.0.input",
         )
-
-
-def _unknown_images(images: int | None) -> EditError:
-    return EditError(
-        "a budget per image needs the images' own axis",
-        found=f"{images} images in each row" if images else "features of all images in one sequence",
-        remedy="use `per: row`, or select at projector.input where it has an axis for images",
-    )
-
-
-def _check_one_image(projector: Projector | None, splice: Splice) -> None:
-    """Refuse a budget per image where a row may hold several: on a text axis nobody knows where one ends."""
-    counted = projector is not None and projector.rows and not splice.further
-    images = images_per_row(projector.input, splice.node) if counted else None
-    if images != 1:
-        raise _unknown_images(images)
-
-
-def _unknown(node: Node) -> bool:
-    return any(not isinstance(s, int) and s.node.hint is None for s in node.meta["val"].shape)
 
 
 def _topk(ctx: Context, step: Select) -> Selection:

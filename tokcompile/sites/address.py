@@ -10,6 +10,7 @@ from tokcompile.address import Address, parse_address
 from tokcompile.errors import AddressError
 from tokcompile.sites.attention import Attention
 from tokcompile.sites.block import Block, Stack
+from tokcompile.sites.cache import Cache
 from tokcompile.sites.find import Sites
 
 
@@ -44,6 +45,8 @@ def resolve_address(sites: Sites, text: str) -> Place:
         node = stack.blocks[0].input if address.part == "input" else stack.blocks[-1].output
         return Place(text, node, owner=stack.name)
     block = _block(sites, stack, address, text)
+    if address.part == "cache":
+        return Place(text, _cache(sites, block, text).key, owner=stack.name, block=stack.blocks.index(block))
     if address.part == "attention":
         return Place(text, block.attention.node, block.attention, stack.name, stack.blocks.index(block))
     node = {"input": block.input, "middle": block.middle, "output": block.output}[address.part]
@@ -66,11 +69,34 @@ def resolve_every(sites: Sites, text: str) -> list[Place]:
     return [resolve_address(sites, str(Address(address.stack, index, address.part))) for index in live]
 
 
+def resolve_caches(sites: Sites, text: str) -> list[tuple[int, Block, Cache]]:
+    """Find the caches that an address names, each with its block and the block's number; none in a call without any.
+
+    Raises:
+        AddressError: as `resolve_address`.
+    """
+    address = parse_address(text)
+    stack = sites.stacks.get(address.stack)
+    if stack is None:
+        raise _missing(sites, text, f"this graph has no {address.stack} stack", whole=False)
+    blocks = [_block(sites, stack, address, text)] if address.is_single else stack.blocks
+    return [(stack.blocks.index(block), block, sites.caches[block]) for block in blocks if block in sites.caches]
+
+
+def _cache(sites: Sites, block: Block, text: str) -> Cache:
+    if block not in sites.caches:
+        raise AddressError(
+            f"address '{text}' matches nothing: this graph hands back no keys and values",
+            remedy="call the model with use_cache=True and a DynamicCache",
+        )
+    return sites.caches[block]
+
+
 def _block(sites: Sites, stack: Stack, address: Address, text: str) -> Block:
     index = stack.features if address.index == "features" else address.index
     if not isinstance(index, int) or not -len(stack.blocks) <= index < len(stack.blocks):
         raise _missing(sites, text, f"{stack.name} has {len(stack.blocks)} blocks, 0 to {len(stack.blocks) - 1}")
-    if address.part not in ("attention", "input", "middle", "output"):
+    if address.part not in ("attention", "input", "middle", "output", "cache"):
         raise _missing(sites, text, f"'{address.part}' is not a value that this step can read")
     return stack.blocks[index]
 

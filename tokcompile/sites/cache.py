@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-import tokcompile.kernels  # noqa: F401  registers tokred::clear_slots, which edits put on caches
+import tokcompile.kernels  # noqa: F401  registers the operators that edits put on caches
 from tokcompile.sites.block import Block
 from tokcompile.sites.reach import Reach
 
@@ -26,6 +26,8 @@ _VIEWS = {
 }
 _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
+SHORTENED = torch.ops.tokred.gather_keys.default
+"""What an eviction puts on what is handed back; attention reads all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +46,13 @@ class Cache:
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     """The cache of a block; None when the graph neither returns nor reads one."""
-    outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED}
+    shortened = {n.args[0]: n for n in outputs if n.target is SHORTENED}
+    outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED} | shortened.keys()
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
     if key is None or value is None:
         return _latent(block, outputs)
-    return Cache(key, value, past)
+    return Cache(shortened.get(key, key), shortened.get(value, value), past)
 
 
 def _latent(block: Block, outputs: set[Node]) -> Cache | None:

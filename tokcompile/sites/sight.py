@@ -62,6 +62,14 @@ def find_sight(site: Attention, reach: Reach) -> Sight | None:
     return Sight(causal, back, None if causal else ahead)
 
 
+def window_of(site: Attention, reach: Reach) -> int | None:
+    """Keys that a query of an attention with a window sees, also where a step's one query shows too little to tell."""
+    sight = find_sight(site, reach)
+    if sight is not None and sight.window is not None:
+        return sight.window
+    return None if site.mask is None else _compared_number(site.mask, reach)
+
+
 def hidden_by(mask: Node, reach: Reach, zero: Node | None = None) -> torch.Tensor | None:
     """Where a mask hides keys, bool [.., Tq, Tk], when every integer input is 1, but for one that may be 0.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokcompile.steps.base import Model, Step
 from tokcompile.steps.drop import Drop
+from tokcompile.steps.evict import Evict
 from tokcompile.steps.insert import Insert
 from tokcompile.steps.layer import Layer
 from tokcompile.steps.mark import Mark
@@ -15,9 +16,9 @@ from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
 STEPS: dict[str, type[Step]] = {
-    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Layer, Place, Rotate)
+    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Layer, Place, Rotate, Evict)
 }
-PLANNED = ("route", "evict", "draft")
+PLANNED = ("route", "draft")
 """Verbs that belong to the language and are not carried out by this version."""
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "REFERENCES",
     "STEPS",
     "Drop",
+    "Evict",
     "Insert",
     "Layer",
     "Mark",

@@ -43,6 +43,13 @@ class Select(Step):
     windows: IntOrExpression = 1
     """windows of the patch grid above and beside each other that each get an equal part of the budget; what is left
     over when it is shared out is lost (topk)"""
+    sinks: IntOrExpression = 0
+    """how many of each row's first real tokens are chosen in any case and count in the budget (scores of caches)"""
+    recent: IntOrExpression = 0
+    """how many of each row's last real tokens are chosen in any case and count in the budget (scores of caches)"""
+    taper: IntOrExpression = 1
+    """budgets fall evenly from the first block to the last, which gets 1/taper of the mean; 1: all are alike (scores
+    of caches)"""
     protect: tuple[one_of("first", "last"), ...] = ()
     """real tokens of each row that are chosen"""
 
@@ -58,6 +65,9 @@ class Select(Step):
             "first": ("fill",),
             "protect": ("protect",),
             "windows": ("topk",),
+            "sinks": ("topk",),
+            "recent": ("topk",),
+            "taper": ("topk",),
         }
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}

@@ -1,0 +1,208 @@
+"""What evictions keep, by hand: queries and keys as a model's attention gets them, and naive choices of keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from tokcompile.kernels import _hash
+
+NAME = "observed"
+Heads = list[list[float]]
+"""For each cached head a number for each of a row's real tokens."""
+
+
+@dataclass
+class Seen:
+    """One call of an attention: [B, H, T, D] queries, [B, Hkv, T, D] keys, and its probabilities, [B, H, Tq, Tk]."""
+
+    query: Tensor
+    key: Tensor
+    weights: Tensor
+
+
+@contextmanager
+def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> Iterator[list[Seen]]:
+    """Let a model attend by written-out attention that remembers what it was given, in order of the layers.
+
+    Args:
+        stay: for each layer the prompt's keys that later queries see, bool [B, Hkv, prompt].
+        prompt: how many of the tokens are the prompt's.
+    """
+    calls: list[Seen] = []
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        logits = query.float() @ keys.float().transpose(2, 3) * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if attention_mask is not None:
+            logits = logits + attention_mask[..., : keys.shape[2]]
+        causal = getattr(module, "is_causal", True)
+        if stay and causal:
+            seen = stay[len(calls)].repeat_interleave(groups, 1)[:, :, None]
+            logits[:, :, prompt:, :prompt] = logits[:, :, prompt:, :prompt].masked_fill(~seen, -torch.inf)
+        if s_aux is not None:
+            sink = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        else:
+            weights = logits.softmax(-1)
+        if causal and query.shape[2] == key.shape[2]:
+            calls.append(Seen(query, key, weights))
+        return (weights.to(values.dtype) @ values).transpose(1, 2).contiguous(), weights
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield calls
+    finally:
+        model.set_attn_implementation(before)
+
+
+def votes(seen: Seen, row: int, places: list[int], window: int, kernel: int = 1, pool: str = "avg") -> Heads:
+    """SnapKV (Li et al. 2024): attention of a row's last queries to its earlier keys, the mean, pooled.
+
+    Args:
+        places: where the row's real tokens stand.
+
+    Returns:
+        for each cached head a number for each real token; the window's own are 0.
+    """
+    last, heads = places[-window:], []
+    for of_group in _groups(seen, row):
+        raw = [0.0 if j in last else float(of_group[:, last, j].mean(1).mean(0)) for j in places]
+        heads.append([_pooled(raw, j, kernel, pool) for j in range(len(places))])
+    return heads
+
+
+def mass(seen: Seen, row: int, places: list[int], reduce: str) -> Heads:
+    """H2O (Zhang et al. 2023): attention from all queries, its sum or its mean over the queries that see the key."""
+    heads = []
+    for of_group in _groups(seen, row):
+        each = []
+        for order, j in enumerate(places):
+            got = of_group[:, places, j].sum(1).mean(0)
+            each.append(float(got) / (len(places) - order if reduce == "seen" else 1))
+        heads.append(each)
+    return heads
+
+
+def smallness(seen: Seen, row: int, places: list[int]) -> Heads:
+    """Devoto et al. (2024): keys of small norm stay."""
+    return [[-float(key[j].float().norm()) for j in places] for key in seen.key[row]]
+
+
+def difference_to_mean(seen: Seen, row: int, places: list[int]) -> Heads:
+    """KeyDiff (Park et al. 2025): keys unlike the mean of all directions stay."""
+    heads = []
+    for key in seen.key[row].double():
+        units = [key[j] / key[j].norm() for j in places]
+        middle = torch.stack(units).mean(0)
+        heads.append([-float(unit @ middle / middle.norm()) for unit in units])
+    return heads
+
+
+def luck(seen: Seen, row: int, places: list[int], seed: int, block: int) -> Heads:
+    """Numbers that depend on the seed, the block, the head and which real token of its row a key is of."""
+    heads = range(seen.key.shape[1])
+    return [
+        [_hash.hashed((order << 8) + head, seed + (block << 32)) >> 8 for order in range(len(places))] for head in heads
+    ]
+
+
+def _groups(seen: Seen, row: int) -> Iterator[Tensor]:
+    """Probabilities of the query heads that share a cached head, float64 [heads, Tq, Tk], one cached head at a time."""
+    size = seen.query.shape[1] // seen.key.shape[1]
+    for cached in range(seen.key.shape[1]):
+        yield seen.weights[row, cached * size : (cached + 1) * size].double()
+
+
+def _pooled(raw: list[float], middle: int, kernel: int, pool: str) -> float:
+    reach = range(middle - kernel // 2, middle + kernel // 2 + 1)
+    near = [raw[j] if 0 <= j < len(raw) else 0.0 for j in reach]
+    return max(near) if pool == "max" else sum(near) / kernel
+
+
+def kept(scores: list[float], budget: int, sinks: int = 0, recent: int = 0) -> list[int]:
+    """The first and last tokens and then the best, lowest index first among equals; ascending."""
+    count = len(scores)
+    forced = {j for j in range(count) if j < sinks or j >= count - recent}
+    others = sorted((j for j in range(count) if j not in forced), key=lambda j: (-scores[j], j))
+    return sorted([*forced, *others[: max(budget - len(forced), 0)]])[:count]
+
+
+def pyramid(budget: int, window: int, beta: int, blocks: int, tokens: int) -> list[int]:
+    """PyramidKV (Cai et al. 2024): budgets of the blocks with the window, largest first; their sum is exact."""
+    base = budget - window
+    low = Fraction(base, beta)
+    high = 2 * base - low
+    if high > tokens - window:
+        high = Fraction(max(tokens - window, base))
+        low = 2 * base - high
+    exact = [high - (high - low) * block / max(blocks - 1, 1) for block in range(blocks)]
+    out = [math.floor(value) for value in exact]
+    while sum(out) < base * blocks:
+        behind = max(range(blocks), key=lambda block: (exact[block] - out[block], -block))
+        out[behind] += 1
+    return [count + window for count in out]
+
+
+Score = Callable[[Seen, int, list[int]], Heads]
+
+
+def choices(
+    calls: Sequence[Seen], real: list[list[bool]], score: Callable[[int], Score], budgets: Sequence[int], **ends: int
+) -> list[list[list[list[int]]]]:
+    """Which keys stay: for each layer, row and cached head their places, ascending."""
+    out = []
+    for block, seen in enumerate(calls):
+        rows = []
+        for row, valid in enumerate(real):
+            places = [i for i, here in enumerate(valid) if here]
+            heads = score(block)(seen, row, places)
+            rows.append([[places[j] for j in kept(each, budgets[block], **ends)] for each in heads])
+        out.append(rows)
+    return out
+
+
+def masks(chosen: list[list[list[list[int]]]], tokens: int) -> list[Tensor]:
+    """The same as bool [B, Hkv, tokens] for each layer."""
+    found = []
+    for rows in chosen:
+        mask = torch.zeros(len(rows), len(rows[0]), tokens, dtype=torch.bool)
+        for row, heads in enumerate(rows):
+            for head, places in enumerate(heads):
+                mask[row, head, places] = True
+        found.append(mask)
+    return found
+
+
+def continued(inputs: Mapping[str, Tensor], more: Tensor) -> dict[str, Tensor]:
+    """Inputs with further tokens [B, N], and positions as `generate` counts them."""
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {**inputs, "input_ids": ids, "attention_mask": mask, "position_ids": positions}

@@ -1,0 +1,130 @@
+"""score, at caches: give each key of each cached head a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tokcompile.axes import Dim
+from tokcompile.errors import EditError, RuleError
+from tokcompile.passes.context import Context
+from tokcompile.program import place as node_place
+from tokcompile.sites import Block, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache
+from tokcompile.steps import Score
+
+aten = torch.ops.aten
+tokred = torch.ops.tokred
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """Scores of one block's cache: float32 [B, H, T], a large one means keep, and the tokens that they are of."""
+
+    node: Node
+    axis: Dim
+
+
+@dataclass(frozen=True, eq=False)
+class KeyScores:
+    """Scores of the caches of blocks.
+
+    Attributes:
+        blocks: by number of the block.
+        windowed: numbers of blocks that attend in a window: their caches are bounded as it is, and stay.
+    """
+
+    blocks: dict[int, BlockScores]
+    windowed: tuple[int, ...]
+
+
+def score_keys(ctx: Context, step: Score) -> None:
+    """Insert the scores of every cache that an address names.
+
+    Queries and keys are those of the attention itself, after whatever norms, rotations and scales the model has.
+    """
+    made, windowed = {}, []
+    for index, block, cache in resolve_caches(ctx.sites, step.at):
+        if cache.key.target is SHORTENED:
+            raise EditError(
+                "keys of this cache were evicted before",
+                where=[f"decoder.{index}.cache"],
+                remedy="let one rule evict, to the smaller budget",
+            )
+        if window_of(block.attention, ctx.sites.reach) is not None:
+            windowed.append(index)
+            continue
+        made[index] = _scored(ctx, step, index, block, cache)
+    if windowed and not made:
+        raise EditError(
+            "no cache can be shortened: every block attends in a window, which bounds its cache as it is",
+            where=[step.at],
+            found=f"windows in blocks {', '.join(map(str, windowed))}",
+            remedy="use the rule on a model whose attention sees all keys",
+        )
+    ctx.values[step.name] = KeyScores(made, tuple(windowed))
+    record: dict[str, Any] = {"verb": "score", "name": step.name, "by": step.by, "at": step.at, "blocks": len(made)}
+    if windowed:
+        record["windows"] = windowed
+    if not made:
+        record["note"] = "this call keeps no keys and values: there is nothing to score or to evict"
+    ctx.log.append(record)
+
+
+def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:
+    site, axes, call = block.attention, ctx.program.axes, ctx.editor.call
+    axis = axes.of(cache.key)[2]
+    with ctx.editor.after([site.node, cache.key, *ctx.sites.paddings.values()]):
+        valid = ctx.valid_mask(axis)
+        if step.by == "attention_received":
+            node = _received(ctx, step, block, cache, valid)
+        elif step.by == "norm":
+            node = call(aten.linalg_vector_norm.default, cache.key, float(step.p), [-1], dtype=torch.float32)
+        elif step.by == "cosine":
+            node = call(tokred.key_cosine.default, cache.key, valid)
+        elif step.by == "random":
+            node = call(tokred.random_keys.default, cache.key, valid, int(step.seed) + (index << 32))
+        elif step.by == "recency":
+            node = _recency(ctx, cache, valid)
+        else:
+            raise RuleError(f"keys of a cache cannot be scored by '{step.by}'")
+        if not step.largest:
+            node = call(aten.neg.default, node)
+    node.meta["scores"] = step.name
+    return BlockScores(node, axis)
+
+
+def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node | None) -> Node:
+    site, call = block.attention, ctx.editor.call
+    if site.partial:
+        raise EditError(
+            "attention received cannot be counted where the model adds several masks to its scores",
+            where=[node_place(site.node)],
+            remedy="score by something else, or load the model with fused attention",
+        )
+    key = call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
+    window = {"all": 0, "last": 1}.get(step.queries)
+    window = int(step.queries.removeprefix("last:")) if window is None else window
+    mask, sinks = ctx.attention_mask(site), ctx.attention_sinks(site)
+    heads = cache.key.meta["val"].shape[1]
+    how = (site.scale, site.is_causal, site.softcap, step.heads, step.reduce, *sinks)
+    node = call(tokred.key_attention.default, site.query, key, mask, valid, window, heads, *how)
+    if int(step.smooth) == 1:
+        return node
+    return call(tokred.smooth_keys.default, node, valid, window, int(step.smooth), step.pool)
+
+
+def _recency(ctx: Context, cache: Cache, valid: Node | None) -> Node:
+    """Which real token of its row each key is of, as a score."""
+    call, key = ctx.editor.call, cache.key
+    rows, heads, tokens = (ctx.editor.size(key, dim) for dim in range(3))
+    if valid is None:
+        order = call(aten.arange.default, tokens, dtype=torch.float32, device=key.meta["val"].device)
+        order = call(aten.view.default, order, [1, 1, tokens])
+    else:
+        order = call(aten.to.dtype, call(aten.cumsum.default, valid, 1), torch.float32)
+        order = call(aten.unsqueeze.default, order, 1)
+    return call(aten.expand.default, order, [rows, heads, tokens])
