@@ -115,7 +115,8 @@ REFUSED = {
 }
 UNCACHED = {("mllama", "vqtoken"): "would mask more keys"}
 """Rules that a model takes with use_cache=False alone."""
-USUAL: set[tuple[str, str]] = set()
+USUAL = {("llama", "carope"), ("qwen2_vl", "vqtoken")}
+"""What `make test` runs; `make test-slow` runs all."""
 
 
 def _cells() -> list[Any]:
