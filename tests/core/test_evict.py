@@ -131,6 +131,20 @@ def test_a_question_of_several_tokens_sees_what_stayed(rule: str) -> None:
     assert difference(got, expected) <= 2e-5
 
 
+def test_one_graph_serves_prompts_of_many_lengths() -> None:
+    model = fleet.build("llama")
+    pruned = prune(model, dynamic=True, **options("knorm"))
+    for text in (5, 20, 33):
+        inputs = fleet.example(model, 2, (0, 3), text=text)
+        (row, *_), *_ = by_hand("knorm", model, inputs)
+        cache = pruned(**inputs).past_key_values.layers[0]
+        with torch.no_grad():
+            whole = model(**inputs).past_key_values.layers[0]
+        assert cache.keys.shape[2] == min(BUDGET, text + 1)
+        assert torch.equal(cache.keys[0, 0], whole.keys[0, 0, row[0]])
+    assert len(pruned.report.graphs) == 1
+
+
 def test_a_model_of_windows_alone_is_refused() -> None:
     model = fleet.build("mistral")
     with pytest.raises(Exception, match="every block attends in a window") as caught:

@@ -59,7 +59,8 @@ def choose_keys(ctx: Context, step: Select) -> None:
 
 def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> BlockKeys:
     node, axis = scores.node, scores.axis
-    with ctx.editor.after([node, *ctx.mask_sources(step.among)]):
+    sized = [budget] if isinstance(budget, Node) else []
+    with ctx.editor.after([node, *sized, *ctx.mask_sources(step.among)]):
         total = ctx.editor.size(node, 2)
         among, count = None, budget
         if step.among != "all":
