@@ -19,7 +19,7 @@ from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
-from tokcompile.sites.cache import SHORTENED
+from tokcompile.sites.cache import first_shortened
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
 from tokcompile.steps import Layer, Place, Rotate, Step
@@ -106,7 +106,7 @@ def _check_order(program: Program, step: Step) -> None:
     """Refuse to change a sequence, or what its keys are, after keys were chosen."""
     if step.makes or step.verb == "evict":
         return
-    evicted = next((n for n in program.output.all_input_nodes if n.target is SHORTENED), None)
+    evicted = first_shortened(program.output)
     if evicted is not None:
         raise EditError(
             "the tokens of a prompt cannot be changed after its keys were evicted",

@@ -131,6 +131,23 @@ def test_a_question_of_several_tokens_sees_what_stayed(rule: str) -> None:
     assert difference(got, expected) <= 2e-5
 
 
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+def test_plain_compile_keeps_the_same_and_generates_the_same(target: str) -> None:
+    """Caches of one length need no mask of ours."""
+    model = fleet.build("llama")
+    inputs = fleet.example(model, 3, PADS, text=25)
+    tokcompile.compile(model, target="eager", **options("snapkv"))
+    expected = model.generate(**inputs, **greedy(STEPS))
+    tokcompile.restore(model)
+    torch._dynamo.reset()
+    model.compile(backend="tokred", options={**options("snapkv"), "target": target})
+    got = model.generate(**inputs, **greedy(STEPS))
+    assert torch.equal(got.sequences, expected.sequences)
+    assert difference(torch.stack(got.logits, 1), torch.stack(expected.logits, 1)) <= 2e-5
+    for one, other in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert difference(one.keys, other.keys) <= 2e-5
+
+
 def test_one_graph_serves_prompts_of_many_lengths() -> None:
     model = fleet.build("llama")
     pruned = prune(model, dynamic=True, **options("knorm"))

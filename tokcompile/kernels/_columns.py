@@ -11,7 +11,43 @@ from . import _attention
 MAX_BLOCK = 1 << 22
 
 
-def add(
+def over_heads(
+    query: Tensor,
+    key: Tensor,
+    hidden: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float,
+    heads: str,
+    sinks: Tensor | None,
+    groups: int,
+) -> Tensor:
+    """Column sums of the heads' attention, brought together in groups of neighbouring heads: float32 [B, groups, Tk].
+
+    query is [B, H, Tq, D], key [B, Hkv, Tk, D], hidden four-dimensional; rows, bool [B, Tq], are those that count;
+    heads is "mean", "max" or "sum". One head at a time: three-dimensional blocks are all that ever exists.
+    """
+    count, shared = query.shape[1], query.shape[1] // groups
+    sink = _attention.sinks_by_row(sinks, query.shape[0], count)
+    query, key = query.to(torch.float32) * scale, key.to(torch.float32)
+    totals = []
+    for group in range(groups):
+        total = query.new_zeros(query.shape[0], 1, key.shape[2])
+        for head in range(group * shared, (group + 1) * shared):
+            plane = None if hidden is None else hidden[:, head if hidden.shape[1] != 1 else 0]
+            own = None if sink is None else sink[:, head, None, None]
+            of_head = (query[:, head], key[:, head * key.shape[1] // count], plane, rows, is_causal, softcap, own)
+            if heads == "max":
+                # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _add.
+                total = torch.maximum(total, _add(total.clamp(max=0), *of_head))
+            else:
+                total = _add(total, *of_head)
+        totals.append(total)
+    return torch.cat(totals, 1) / (shared if heads == "mean" else 1)
+
+
+def _add(
     total: Tensor,
     query: Tensor,
     key: Tensor,

@@ -49,28 +49,16 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads` or `reduce`.
     """
-    group = _attention.check(query, key, mask, heads)
+    _attention.check(query, key, mask, heads)
     if reduce not in REDUCE:
         raise ValueError(f"reduce must be one of {', '.join(REDUCE)}, not {reduce!r}")
     if rows is not None and (rows.dim() != 2 or rows.dtype != torch.bool):
         raise ValueError(f"rows must be bool [B, Tq], not {rows.dtype} {list(rows.shape)}")
     hidden = None if mask is None else _attention.four_d(mask)
-    query, key = query.to(torch.float32) * scale, key.to(torch.float32)
-    total = query.new_zeros(query.shape[0], 1, key.shape[2])
-    sink = _attention.sinks_by_row(sinks, query.shape[0], query.shape[1])
-    # One head at a time: three-dimensional blocks are all that ever exists.
-    for head in range(query.shape[1]):
-        plane = None if hidden is None else hidden[:, head if hidden.shape[1] != 1 else 0]
-        own = None if sink is None else sink[:, head, None, None]
-        of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap, own)
-        if heads == "max":
-            # Nothing in `total` is negative, so this adds to zeros; but it chains the heads: see _columns.add.
-            total = torch.maximum(total, _columns.add(total.clamp(max=0), *of_head))
-        else:
-            total = _columns.add(total, *of_head)
-    counted = query.shape[2] if rows is None else rows.sum(1, keepdim=True).clamp(min=1)
-    divisor = (query.shape[1] if heads == "mean" else 1) * (counted if reduce == "mean" else 1)
-    return total.squeeze(1) / divisor
+    total = _columns.over_heads(query, key, hidden, rows, scale, is_causal, softcap, heads, sinks, 1).squeeze(1)
+    if reduce == "sum":
+        return total
+    return total / (query.shape[2] if rows is None else rows.sum(1, keepdim=True).clamp(min=1))
 
 
 attention_received = _library.define(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _library, _order
+from .kept_indices import reference as indices_of
 
 PADDING, CHOSEN, STAYS = range(3)
 
@@ -42,10 +43,7 @@ def reference(scores: Tensor, valid: Tensor | None, among: Tensor | None, first:
     flat = scores.reshape(batch * heads, tokens)
     classes = classes[:, None].expand(batch, heads, tokens).reshape(batch * heads, tokens)
     keep = _order.largest(_order.pack(classes, flat, classes > PADDING), k)
-    index = torch.arange(tokens, device=scores.device).expand_as(keep)
-    slot = torch.where(keep, keep.cumsum(1) - 1, k)
-    chosen = torch.zeros(batch * heads, k + 1, dtype=torch.int64, device=scores.device).scatter(1, slot, index)
-    return chosen[:, :k].reshape(batch, heads, k)
+    return indices_of(keep, k).reshape(batch, heads, k)
 
 
 keep_keys = _library.define(

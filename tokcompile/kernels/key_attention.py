@@ -47,28 +47,14 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads` or `reduce`, a negative window.
     """
-    group = _attention.check(query, key, mask, heads)
+    _attention.check(query, key, mask, heads)
     _check(query, valid, window, cache_heads, reduce)
     hidden = None if mask is None else _attention.four_d(mask)
     rows = valid
     if window:
         query, hidden, rows = _windowed(query, key.shape[2], hidden, valid, window, is_causal)
         is_causal = False
-    query, key = query.to(torch.float32) * scale, key.to(torch.float32)
-    sink = _attention.sinks_by_row(sinks, query.shape[0], query.shape[1])
-    shared, totals = query.shape[1] // cache_heads, []
-    for cached in range(cache_heads):
-        total = query.new_zeros(query.shape[0], 1, key.shape[2])
-        for head in range(cached * shared, (cached + 1) * shared):
-            plane = None if hidden is None else hidden[:, head if hidden.shape[1] != 1 else 0]
-            own = None if sink is None else sink[:, head, None, None]
-            of_head = (query[:, head], key[:, head // group], plane, rows, is_causal, softcap, own)
-            if heads == "max":
-                total = torch.maximum(total, _columns.add(total.clamp(max=0), *of_head))
-            else:
-                total = _columns.add(total, *of_head)
-        totals.append(total)
-    out = torch.cat(totals, 1) / (shared if heads == "mean" else 1)
+    out = _columns.over_heads(query, key, hidden, rows, scale, is_causal, softcap, heads, sinks, cache_heads)
     if reduce == "sum":
         return out
     counted = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if rows is None else rows

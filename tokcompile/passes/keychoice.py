@@ -139,7 +139,7 @@ def _tapered(
         raise EditError(
             "budgets taper over blocks whose caches hold equally many tokens, known when the graph is compiled",
             found=", ".join(map(str, values)),
-            remedy="give the budget as a count, larger than which no prompt is shorter; or taper: 1",
+            remedy="give the budget as a count that no prompt is shorter than, or taper: 1",
         )
     first = next(iter(scores.blocks.values())).node
     size = first.meta["val"].shape[2]

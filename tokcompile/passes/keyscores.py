@@ -90,7 +90,10 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
         elif step.by == "recency":
             node = _recency(ctx, cache, valid)
         else:
-            raise RuleError(f"keys of a cache cannot be scored by '{step.by}'")
+            raise RuleError(
+                f"keys of a cache cannot be scored by '{step.by}'",
+                remedy="attention_received, norm, cosine, random or recency",
+            )
         if not step.largest:
             node = call(aten.neg.default, node)
     node.meta["scores"] = step.name

@@ -92,6 +92,11 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
     return (node, past) if node in outputs or past is not None else (None, None)
 
 
+def first_shortened(output: Node) -> Node | None:
+    """A cache that an eviction shortened, among what a graph returns; None without one."""
+    return next((node for node in output.all_input_nodes if node.target is SHORTENED), None)
+
+
 def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Node]:
     """The outputs that a later step makes a block's keys and values from.
 
