@@ -69,7 +69,7 @@ def compile(
     weights = Weights() if weights is None else weights
     model.add_module(_WEIGHTS, weights)
     carried = Carried()
-    kept = {"target": target, "weights": weights, "carried": carried}
+    kept = {"target": target, "weights": weights, "carried": carried, "masks": before is not None}
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
     verbs = {step.verb for instance in parsed for step in instance.rule.steps}

@@ -53,8 +53,11 @@ def _set(model: torch.nn.Module, text: Any, name: str) -> None:
 
 
 def _windowed(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
+    """Whether no layer attends to all keys, or one in a way that is neither this nor a window's."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return getattr(config, "sliding_window", None) is not None
+    return "full_attention" not in kinds or not {*kinds} <= {"full_attention", "sliding_attention"}
 
 
 def _register() -> None:
