@@ -22,7 +22,7 @@ def install(model: torch.nn.Module) -> str | None:
     """Let a transformers model use the implementation.
 
     Returns:
-        The implementation that the model used before, None when it is not a transformers model or chooses none.
+        The implementation that the model used before, None when it is not a transformers model or cannot choose one.
 
     Raises:
         CaptureError: the model masks attention in a way that this implementation does not carry.
@@ -34,8 +34,7 @@ def install(model: torch.nn.Module) -> str | None:
     if before != "sdpa" or _windowed(text):
         return None
     _register()
-    _set(model, text, NAME)
-    return before
+    return before if _set(model, text, NAME) else None
 
 
 def restore(model: torch.nn.Module, before: str) -> None:
@@ -43,12 +42,15 @@ def restore(model: torch.nn.Module, before: str) -> None:
     _set(model, model.config.get_text_config(), before)
 
 
-def _set(model: torch.nn.Module, text: Any, name: str) -> None:
+def _set(model: torch.nn.Module, text: Any, name: str) -> bool:
+    """Set an implementation; False where the model has an attention of its own, which cannot be chosen."""
     # Only the text model's: a vision tower has no cache, and keeps its own.
     for module in model.modules():
         if getattr(module, "config", None) is text and hasattr(module, "set_attn_implementation"):
+            if not module._can_set_attn_implementation():
+                return False
             module.set_attn_implementation(name)
-            return
+            return True
     raise CaptureError("the text model of this model was not found", found=type(model).__name__)
 
 
