@@ -127,7 +127,7 @@ def _check_masks(program: Program, applied: Sequence[Applied], brought: bool | N
             "the caches of this model cannot differ in length: it makes one mask for all of its layers",
             where=[place(block.attention.node)],
             found=left,
-            remedy="budgets that are the same in all blocks, or transformers' attn_implementation='sdpa' where it has it",
+            remedy="give all blocks the same budget, or use attn_implementation='sdpa' where the model has it",
         )
     warnings.warn(
         f"rule '{applied[0].rule}' leaves layers with {left} under a "

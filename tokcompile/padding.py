@@ -189,7 +189,7 @@ def _swap(
 
 
 def _reads(user: Node, site: Attention, editor: Editor, sites: Sites) -> bool:
-    """Whether a user of a mask is an attention, or a part of one that is written out: other blocks read the same mask."""
+    """Whether a user of a mask is this attention, or a part of it: other blocks read the same mask."""
     if user in editor.made or user not in sites.reach.order:
         return False
     return user is site.node or (sites.reach.above(user, site.node) and sites.reach.above(site.query, user))
