@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-import tokcompile.kernels  # noqa: F401  registers tokred::attention
 from tokcompile.errors import CaptureError
+from tokcompile.kernels.attention import seen_keys  # which registers tokred::attention
 
 NAME = "tokred"
 
@@ -88,11 +88,16 @@ def _attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: query [B, H, Tq, D], result [B, Tq, H, D] and no weights."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if position_bias is not None:
+        kwargs["position_bias"] = position_bias
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = seen_keys(attention_mask, query.shape[2], key.shape[2], causal)
     if attention_mask is not None and attention_mask.dim() == 2:
         out = torch.ops.tokred.attention(query, key, value, attention_mask, scale, causal)
         return out.transpose(1, 2).contiguous(), None

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 
 import tokcompile
 from tokcompile.backend import Report, tokred
-from tokcompile.models import families
+from tokcompile.models import catalogue, families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET, STEPS = 9, 3
@@ -176,8 +176,6 @@ def test_rows_choose_for_themselves() -> None:
 
 def test_a_question_of_several_tokens_under_caches_of_many_lengths_and_windows() -> None:
     """Blocks 0 and 2 attend in a window of 12, the others keep 14 and 4 keys of 26; several queries at once."""
-    from tokcompile.models import catalogue
-
     model = catalogue.family("cohere2").build()
     inputs = fleet.example(model, 2, (0, 3), text=25)
     counted = cached.continued(inputs, inputs["input_ids"][:, :0])
@@ -207,9 +205,10 @@ def test_a_question_of_several_tokens_under_caches_of_many_lengths_and_windows()
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_call_that_would_count_positions_from_the_short_cache_is_refused(masked: bool) -> None:
+@pytest.mark.parametrize("name", ["llama", "opt", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_call_that_would_count_positions_from_the_short_cache_is_refused(name: str, masked: bool) -> None:
     """transformers' model starts at the length of the cache when nobody says otherwise; with positions it goes on."""
-    model = fleet.build("llama")
+    model = fleet.build(name)
     inputs = fleet.example(model, 1, text=25)
     tokens = inputs["input_ids"].shape[1]
     step = {"input_ids": inputs["input_ids"][:, :1]}
@@ -223,6 +222,27 @@ def test_a_call_that_would_count_positions_from_the_short_cache_is_refused(maske
         assert "position_ids" in refusal(caught.value).remedy
         model(**step, past_key_values=held, position_ids=torch.tensor([[tokens]]))
     assert held.layers[0].keys.shape[2] == BUDGET + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("bart", "counts its position from the cache"),
+        pytest.param("whisper", "counts its position from the cache", marks=pytest.mark.slow),
+        ("t5", "adds a bias to its scores"),
+    ],
+)
+def test_decoders_that_are_not_told_positions_are_refused(name: str, why: str) -> None:
+    """Encoder-decoders: tables whose rows the cache's length picks, and biases by distance."""
+    family = catalogue.family(name)
+    model = family.build()
+    inputs = family.example(model, batch=2, padded=True)
+    tokcompile.compile(model, target="eager", rule="knorm", budget=5)
+    with pytest.raises(Exception, match=why) as caught, torch.no_grad():
+        held = model(**inputs).past_key_values
+        model(**{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :1]}, past_key_values=held)
+    error = refusal(caught.value)
+    assert error.where and error.remedy
 
 
 def test_a_static_cache_is_refused_and_a_dynamic_one_is_taken() -> None:

@@ -12,7 +12,9 @@ from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.keychoice import KeySelection
+from tokcompile.placetables import is_biased
 from tokcompile.program import place
+from tokcompile.sites import Block
 from tokcompile.sites.cache import handed_back
 from tokcompile.steps import Evict
 
@@ -23,6 +25,7 @@ def evict(ctx: Context, step: Evict) -> None:
     """Let the graph hand back the chosen keys and values alone; the prompt itself attends to all of them."""
     selection: KeySelection = ctx.values[step.keep]
     blocks = ctx.sites.stacks["decoder"].blocks
+    _check_biases(ctx, [blocks[index] for index in selection.blocks])
     outputs = list(ctx.program.output.all_input_nodes)
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
     for index, chosen in selection.blocks.items():
@@ -44,6 +47,18 @@ def evict(ctx: Context, step: Evict) -> None:
         record["note"] = f"blocks {', '.join(map(str, selection.windowed))} keep what their window does"
     ctx.log.append(record)
     ctx.refresh()
+
+
+def _check_biases(ctx: Context, blocks: list[Block]) -> None:
+    """Refuse blocks whose later steps count from the cache how far away a key is."""
+    for block in blocks:
+        if is_biased(ctx.program, ctx.sites, block.attention):
+            raise EditError(
+                "keys cannot be evicted where attention adds a bias to its scores: later steps count distances from "
+                "the cache",
+                where=[place(block.attention.node)],
+                remedy="use a model with rotary positions, or a table that position_ids pick from",
+            )
 
 
 def _spelled(lengths: object) -> str:
