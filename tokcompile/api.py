@@ -18,6 +18,7 @@ from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
+from tokcompile.steps import Merge
 from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
@@ -72,7 +73,8 @@ def compile(
     kept = {"target": target, "weights": weights, "carried": carried}
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
-    verbs = {step.verb for instance in parsed for step in instance.rule.steps}
+    steps = [step for instance in parsed for step in instance.rule.steps]
+    verbs = {step.verb for step in steps if not (isinstance(step, Merge) and step.of_caches)}
     carries = verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
     if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)

@@ -107,7 +107,7 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
     known = _known(rule, facts)
     found: list[Drop | Merge | Insert] = []
     for step in rule.rule.steps:
-        if isinstance(step, Merge) and _writes_back(step, known):
+        if isinstance(step, Merge) and (step.of_caches or _writes_back(step, known)):
             continue
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}

@@ -175,10 +175,19 @@ def chosen_keys(ctx: Context, node: Node) -> Dims:
 
 
 def gathered_keys(ctx: Context, node: Node) -> Dims:
-    """tokred::gather_keys: a cache of as many tokens as there are indices."""
+    """tokred::gather_keys and merge_keys: a cache of as many tokens as there are indices."""
     dims, index = list(ctx.of(node.args[0])), ctx.of(node.args[1])
     dims[2] = index[2]
     return dims
+
+
+def joined_scores(ctx: Context, node: Node) -> Dims:
+    """tokred::join_key_scores: as each of the scores."""
+    first, *others = node.args[0]
+    for other in others:
+        for one, two in zip(ctx.of(first), ctx.of(other), strict=True):
+            ctx.unify(node, one, two)
+    return list(ctx.of(first))
 
 
 def leading(count: int) -> Callable[[Context, Node], Dims]:
@@ -223,6 +232,10 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "random_keys": leading(3),
     "keep_keys": chosen_keys,
     "gather_keys": gathered_keys,
+    "join_key_scores": joined_scores,
+    "unturn_keys": like_first,
+    "assign_keys": leading(3),
+    "merge_keys": gathered_keys,
     "topk_mask": pointwise,
     "dilate": like_first,
     "dilate_by_width": like_first,

@@ -27,6 +27,7 @@ class BlockKeys:
     """The keys of one block's cache that stay: int64 [B, H, k] ascending; None where all T do.
 
     Attributes:
+        valid, among: bool [B, T], real tokens and those that were up for choice; None: all.
         padding, evicted: int64 [B], how many of them are padding, and how many others there were, where a later step
             cannot tell from its mask: where tokens were dropped before.
     """
@@ -34,16 +35,24 @@ class BlockKeys:
     index: Node | None
     size: Length
     count: Length
+    valid: Node | None = None
+    among: Node | None = None
     padding: Node | None = None
     evicted: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class KeySelection:
-    """The keys that stay, by number of the block; `windowed` blocks keep what their window does."""
+    """The keys that stay, by number of the block; `windowed` blocks keep what their window does.
+
+    Attributes:
+        first, last: how many real tokens at either end of a row stay in any case.
+    """
 
     blocks: dict[int, BlockKeys]
     windowed: tuple[int, ...]
+    first: int
+    last: int
 
 
 def choose_keys(ctx: Context, step: Select) -> None:
@@ -51,7 +60,7 @@ def choose_keys(ctx: Context, step: Select) -> None:
     scores: KeyScores = ctx.values[step.scores]
     budgets = _budgets(ctx, step, scores)
     made = {index: _chosen(ctx, step, each, budgets[index]) for index, each in scores.blocks.items()}
-    ctx.values[step.name] = KeySelection(made, scores.windowed)
+    ctx.values[step.name] = KeySelection(made, scores.windowed, int(step.sinks), int(step.recent))
     counts = [str(length_value(each.count)) for each in made.values()]
     record: dict[str, Any] = {"verb": "select", "name": step.name, "by": step.by, "counts": counts}
     ctx.log.append(record)
@@ -72,9 +81,9 @@ def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> 
         valid = ctx.valid_mask(axis)
         padding, evicted = _told(ctx, node, valid, total, count) if _shortened(ctx) else (None, None)
         if isinstance(length_value(total), int) and length_value(total) == length_value(count):
-            return BlockKeys(None, total, count, padding, evicted)
+            return BlockKeys(None, total, count, valid, among, padding, evicted)
         index = ctx.editor.call(tokred.keep_keys.default, node, valid, among, int(step.sinks), int(step.recent), count)
-    return BlockKeys(index, total, count, padding, evicted)
+    return BlockKeys(index, total, count, valid, among, padding, evicted)
 
 
 def _shortened(ctx: Context) -> bool:

@@ -35,10 +35,12 @@ class KeyScores:
     Attributes:
         blocks: by number of the block.
         windowed: numbers of blocks that attend in a window: their caches are bounded as it is, and stay.
+        amounts: whether the scores are amounts of something, none below 0.
     """
 
     blocks: dict[int, BlockScores]
     windowed: tuple[int, ...]
+    amounts: bool
 
 
 def score_keys(ctx: Context, step: Score) -> None:
@@ -48,7 +50,7 @@ def score_keys(ctx: Context, step: Score) -> None:
     """
     made, windowed = {}, []
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if cache.key.target is SHORTENED:
+        if cache.key.target in SHORTENED:
             raise EditError(
                 "keys of this cache were evicted before",
                 where=[f"decoder.{index}.cache"],
@@ -65,7 +67,7 @@ def score_keys(ctx: Context, step: Score) -> None:
             found=f"windows in blocks {', '.join(map(str, windowed))}",
             remedy="use the rule on a model whose attention sees all keys",
         )
-    ctx.values[step.name] = KeyScores(made, tuple(windowed))
+    ctx.values[step.name] = KeyScores(made, tuple(windowed), _amounts(ctx, step))
     record: dict[str, Any] = {"verb": "score", "name": step.name, "by": step.by, "at": step.at, "blocks": len(made)}
     if windowed:
         record["windows"] = windowed
@@ -74,10 +76,18 @@ def score_keys(ctx: Context, step: Score) -> None:
     ctx.log.append(record)
 
 
+def _amounts(ctx: Context, step: Score) -> bool:
+    """Whether no score of a step is below 0."""
+    if step.by == "joined":
+        return step.largest is True and all(ctx.values[name].amounts for name in step.scores)
+    return step.largest is True and step.by in ("attention_received", "norm", "random", "recency")
+
+
 def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:
     site, axes, call = block.attention, ctx.program.axes, ctx.editor.call
     axis = axes.of(cache.key)[2]
-    with ctx.editor.after([site.node, cache.key, *ctx.sites.paddings.values()]):
+    parts = [ctx.values[name].blocks[index].node for name in step.scores]
+    with ctx.editor.after([site.node, cache.key, *parts, *ctx.sites.paddings.values()]):
         valid = ctx.valid_mask(axis)
         if step.by == "attention_received":
             node = _received(ctx, step, block, cache, valid)
@@ -89,10 +99,13 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
             node = call(tokred.random_keys.default, cache.key, valid, int(step.seed) + (index << 32))
         elif step.by == "recency":
             node = _recency(ctx, cache, valid)
+        elif step.by == "joined":
+            how = (int(step.recent), step.align == "mean", step.join)
+            node = call(tokred.join_key_scores.default, parts, valid, *how)
         else:
             raise RuleError(
                 f"keys of a cache cannot be scored by '{step.by}'",
-                remedy="attention_received, norm, cosine, random or recency",
+                remedy="attention_received, norm, cosine, random, recency or joined",
             )
         if not step.largest:
             node = call(aten.neg.default, node)

@@ -26,7 +26,7 @@ _VIEWS = {
 }
 _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
-SHORTENED = torch.ops.tokred.gather_keys.default
+SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
 """What an eviction puts on what is handed back; attention reads all of it."""
 
 
@@ -46,7 +46,7 @@ class Cache:
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     """The cache of a block; None when the graph neither returns nor reads one."""
-    shortened = {n.args[0]: n for n in outputs if n.target is SHORTENED}
+    shortened = {n.args[0]: n for n in outputs if n.target in SHORTENED}
     outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED} | shortened.keys()
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
@@ -94,7 +94,7 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
 
 def first_shortened(output: Node) -> Node | None:
     """A cache that an eviction shortened, among what a graph returns; None without one."""
-    return next((node for node in output.all_input_nodes if node.target is SHORTENED), None)
+    return next((node for node in output.all_input_nodes if node.target in SHORTENED), None)
 
 
 def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Node]:

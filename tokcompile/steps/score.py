@@ -15,12 +15,12 @@ class Score(Step):
     """Gives each token of a sequence a number."""
 
     verb = "score"
-    refers = {"of": "tap"}
+    refers = {"of": "tap", "scores": "score"}
 
     name: Name
     """name under which later steps use the scores"""
     by: str
-    """attention_received, norm, cosine, random, recency (at a cache), or the name of a plug-in"""
+    """attention_received, norm, cosine, random, recency or joined (at a cache), or the name of a plug-in"""
     at: AddressText | None = None
     """address: an attention site for attention_received, else a value that has tokens (decoder.2.input); or caches,
     whose keys are scored for each of their heads: decoder.*.cache"""
@@ -42,6 +42,14 @@ class Score(Step):
     """order of a norm: 1, 2 or inf"""
     seed: IntOrExpression = 0
     """seed of random scores"""
+    scores: tuple[Name, ...] = ()
+    """other scores of the same cache (joined)"""
+    join: one_of("max", "sum") = "max"
+    """how they are brought together (joined)"""
+    align: one_of("mean", "none") = "none"
+    """mean: each is first multiplied by what brings its mean over a head's tokens to that of the last (joined)"""
+    recent: IntOrExpression = 0
+    """last real tokens of each row that do not count for these means (joined)"""
     largest: Truth = True
     """whether a large value means keep"""
 
@@ -50,12 +58,11 @@ class Score(Step):
         known_by(self, self.by)
         rows = ("attention_received",)
         users = {"queries": rows, "heads": rows, "reduce": rows, "to": ("cosine",), "p": ("norm",), "seed": ("random",)}
-        users |= {"smooth": rows, "pool": rows}
+        users |= {"smooth": rows, "pool": rows} | dict.fromkeys(("scores", "join", "align", "recent"), ("joined",))
         refuses(self, {**users, "of": ("norm", "cosine", "random")}, self.by)
         if (self.at is None) == (self.of is None):
             raise wrong("a score needs one of 'at' and 'of'", "at: the address, or of: the name of a tap")
-        if self.by == "cosine":
-            needs(self, ("to",), self.by)
+        needs(self, {"cosine": ("to",), "joined": ("scores",)}.get(self.by, ()), self.by)
         if self.at is not None and self.of_caches:
             self._check_cache()
         elif self.at is not None:
@@ -81,8 +88,8 @@ class Score(Step):
             raise wrong(f"'smooth: {self.smooth}' has no middle", "an odd number")
 
     def _check_not_cache(self) -> None:
-        if self.by == "recency":
-            raise wrong("'by: recency' scores keys of caches", "at: decoder.*.cache")
+        if self.by in ("recency", "joined"):
+            raise wrong(f"'by: {self.by}' scores keys of caches", "at: decoder.*.cache")
         given = [name for name in ("smooth", "pool") if name in self.model_fields_set]
         if given or self.reduce == "seen":
             raise wrong(f"'{(given or ['reduce: seen'])[0]}' belongs to scores of caches", "at: decoder.*.cache")
