@@ -114,7 +114,9 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
             found.append(step.model_copy(update=values))
         elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
             given = {f: v for f, v in step.given().items() if has_expression(v)}
-            found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
+            step = step.model_copy(update={f: substitute(v, known) for f, v in given.items()})
+            if step.cached:  # else no cache holds them, and the old tokens are as they were
+                found.append(step)
     return found
 
 

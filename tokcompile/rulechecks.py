@@ -9,7 +9,7 @@ from tokcompile.binding import KEEP
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
 from tokcompile.params import FACTS
-from tokcompile.steps import REFERENCES, Evict, Merge, Score, Select, Step
+from tokcompile.steps import QUERIES, REFERENCES, Evict, Merge, Score, Select, Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
@@ -97,6 +97,8 @@ def _references(step: Step) -> Iterator[tuple[str, str, str]]:
             yield field, kind, name
     if isinstance(step, Score) and step.to and step.to not in REFERENCES:
         yield "to", "tap", step.to
+    if isinstance(step, Score) and step.voters:
+        yield "queries", "insert", step.voters
 
 
 def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[str, Step], rule: Rule) -> None:
@@ -104,7 +106,8 @@ def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[st
     fitting = [other.name for other in made.values() if other.verb == kind and other.line <= step.line]
     if name not in made:
         cause = f"'{field}: {name}' of '{step.verb}' names no {NOUN[kind]}"
-        raise RuleError(cause, where=here, remedy=known(name, fitting + list(REFERENCES if field == "to" else ())))
+        words = {"to": REFERENCES, "queries": (*QUERIES, "last:N")}.get(field, ())
+        raise RuleError(cause, where=here, remedy=known(name, [*fitting, *words]))
     maker = made[name]
     where = [here, f"{rule.path}:{maker.line}"]
     if maker.verb != kind:

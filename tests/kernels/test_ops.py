@@ -115,6 +115,10 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
     ),
     "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
     "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
+    "end_places": (
+        lambda b: (floats(b, 12), bools(b, 12)),
+        lambda like, valid: ops.end_places(like, valid, 2, 5),
+    ),
     "insert_tokens": (
         lambda b: (floats(b, 4, 5), ops.inserted_source(slots(b), floats(b, 4), None), slots(b), floats(b, 2, 5)),
         lambda x, source, fresh, tokens: ops.insert_tokens(x, source, fresh, tokens),

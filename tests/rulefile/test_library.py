@@ -36,6 +36,7 @@ OTHER = {
     "knorm": {"budget": 99},
     "keydiff": {"budget": 99},
     "random_kv": {"budget": 99},
+    "dapq": {"budget": 99, "count": 5, "content": "random"},
     "ems": {"budget": 99, "alike": 0.5, "combine": "sum"},
 }
 """Options of rules that have no `keep`."""

@@ -62,6 +62,11 @@ def original_places(ctx: Context, node: Node) -> Dims:
     return ctx.of(node.args[1])[:2]
 
 
+def end_places(ctx: Context, node: Node) -> Dims:
+    """tokred::end_places: some tokens of each row, which are counted anew."""
+    return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
+
+
 def insert_tokens(ctx: Context, node: Node) -> Dims:
     """tokred::insert_tokens: the longer sequence, each token of the same width as before."""
     value, chosen = ctx.of(node.args[0]), ctx.of(node.args[1])
@@ -206,6 +211,7 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "token_source": token_source,
     "inserted_source": inserted_source,
     "original_places": original_places,
+    "end_places": end_places,
     "insert_tokens": insert_tokens,
     "flagged_tokens": flagged_tokens,
     "add_tokens": add_tokens,

@@ -21,6 +21,7 @@ if __name__ == "tokcompile.kernels":
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
     from .elbow import elbow
+    from .end_places import end_places
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .flagged_tokens import flagged_tokens
@@ -92,6 +93,7 @@ __all__ = [
     "dilate",
     "dilate_by_width",
     "elbow",
+    "end_places",
     "fill_mask",
     "first_members",
     "flagged_tokens",

@@ -56,6 +56,12 @@ def _spelled(lengths: object) -> str:
 
 def _shorten(ctx: Context, held: list[Node], index: Node, size: Length, merged: BlockMerge | None) -> None:
     output, tokens = ctx.program.output, size_of(length_value(size))
+    if not held:
+        raise EditError(
+            "a block hands back no keys and values that could be shortened",
+            where=[place(index)],
+            remedy="load the model with a DynamicCache",
+        )
     for node in held:
         shape = node.meta["val"].shape
         if len(shape) != 4 or not same(size_of(shape[2]), tokens):

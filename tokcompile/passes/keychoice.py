@@ -87,10 +87,9 @@ def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> 
 
 
 def _shortened(ctx: Context) -> bool:
-    """Whether earlier steps changed how many tokens the decoder, or a part of it, is given."""
-    stream = ctx.sites.stacks["decoder"].blocks[-1].input
-    axis = ctx.program.axes.of(stream)[1]
-    return oldest(axis) != resolve(axis)
+    """Whether earlier steps changed how many tokens the caches hold, or some of them."""
+    axes = [ctx.program.axes.of(cache.key)[2] for cache in ctx.sites.caches.values()]
+    return any(oldest(axis) != resolve(axis) for axis in axes)
 
 
 def _told(ctx: Context, scores: Node, valid: Node | None, total: Length, count: Length) -> tuple[Node | None, Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -12,9 +12,12 @@ from tokcompile.axes import Dim
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context
 from tokcompile.program import place as node_place
-from tokcompile.sites import Block, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache
+from tokcompile.sites import Attention, Block, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache, is_left_out
 from tokcompile.steps import Score
+
+if TYPE_CHECKING:
+    from tokcompile.passes.insertplaces import Slots
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -87,6 +90,7 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
     site, axes, call = block.attention, ctx.program.axes, ctx.editor.call
     axis = axes.of(cache.key)[2]
     parts = [ctx.values[name].blocks[index].node for name in step.scores]
+    parts += [slots.fresh for slots in (ctx.values.get(step.voters),) if slots is not None and slots.fresh is not None]
     with ctx.editor.after([site.node, cache.key, *parts, *ctx.sites.paddings.values()]):
         valid = ctx.valid_mask(axis)
         if step.by == "attention_received":
@@ -122,15 +126,49 @@ def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node
             remedy="score by something else, or load the model with fused attention",
         )
     key = call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
-    window = {"all": 0, "last": 1}.get(step.queries)
-    window = int(step.queries.removeprefix("last:")) if window is None else window
+    rows, window = _voting(ctx, step, site, cache, valid)
     mask, sinks = ctx.attention_mask(site), ctx.attention_sinks(site)
     heads = cache.key.meta["val"].shape[1]
     how = (site.scale, site.is_causal, site.softcap, step.heads, step.reduce, *sinks)
-    node = call(tokred.key_attention.default, site.query, key, mask, valid, window, heads, *how)
+    node = call(tokred.key_attention.default, site.query, key, mask, rows, window, heads, *how)
+    if is_left_out(cache.key):
+        node = call(tokred.gather_tokens.default, node, cache.key.args[1], 2, 0)
     if int(step.smooth) == 1:
         return node
-    return call(tokred.smooth_keys.default, node, valid, window, int(step.smooth), step.pool)
+    own = 0 if step.voters else window
+    return call(tokred.smooth_keys.default, node, valid, own, int(step.smooth), step.pool)
+
+
+def _voting(ctx: Context, step: Score, site: Attention, cache: Cache, valid: Node | None) -> tuple[Node | None, int]:
+    """Which queries may count, bool [B, Tq] or None for all, and how many of the last of them do, 0 for all."""
+    axis = ctx.program.axes.of(site.query)[-2]
+    if step.voters:
+        return _inserted(ctx, step, axis)
+    window = {"all": 0, "last": 1}.get(step.queries)
+    window = int(step.queries.removeprefix("last:")) if window is None else window
+    if not is_left_out(cache.key):
+        return valid, window
+    if valid is None:
+        valid = ctx.editor.call(aten.select.int, ctx.editor.call(aten.select.int, cache.key, 3, 0), 1, 0)
+        valid = ctx.editor.call(aten.ones_like.default, valid, dtype=torch.bool)
+    return ctx.align(valid, ctx.program.axes.of(cache.key)[2], axis), window
+
+
+def _inserted(ctx: Context, step: Score, axis: Dim) -> tuple[Node, int]:
+    """The queries of the tokens that a step put in."""
+    slots: Slots = ctx.values[step.voters]
+    if slots.fresh is None:
+        raise EditError(
+            f"'{step.voters}' inserts no tokens, and so none can vote", where=[step.at], remedy="a count of at least 1"
+        )
+    own = ctx.program.axes.of(slots.fresh)[1]
+    if not ctx.leads(own, axis):
+        raise EditError(
+            f"the tokens of '{step.voters}' are not there where keys are scored",
+            where=[step.at],
+            remedy="insert in front of the blocks whose caches are scored, until: head.input",
+        )
+    return ctx.align(slots.fresh, own, axis), slots.count if isinstance(slots.count, int) else 0
 
 
 def _recency(ctx: Context, cache: Cache, valid: Node | None) -> Node:

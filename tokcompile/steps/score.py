@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from tokcompile.expr import has_expression
 from tokcompile.fields import AddressText, IntOrExpression, Name, NormOrder, Truth, one_of, wrong
 from tokcompile.steps.base import Step, known_by, needs, refuses, single_part
 
+QUERIES = ("all", "last", "cls", "text")
+"""What `queries:` of a score may say besides last:N and the name of an insert step."""
 REFERENCES = ("cls", "mean", "last_text")
 """What `to:` of a score may name besides a tap."""
 
@@ -26,8 +29,9 @@ class Score(Step):
     whose keys are scored for each of their heads: decoder.*.cache"""
     of: Name | None = None
     """name of a tap to score, in place of at"""
-    queries: one_of("all", "last", "cls", "text", numbered="last") = "all"
-    """rows of the attention that count: all, last, cls, text, or the last N as last:N, also last:${window}"""
+    queries: one_of(*QUERIES, numbered="last", named=True) = "all"
+    """rows of the attention that count: all, last, cls, text, or the last N as last:N, also last:${window}; at a cache
+    also those of an insert step, by its name"""
     heads: one_of("mean", "max", "sum") = "mean"
     """how heads are brought together: all, or at a cache the query heads that share a cached head"""
     reduce: one_of("mean", "sum", "seen") = "mean"
@@ -77,6 +81,12 @@ class Score(Step):
         """Whether keys of caches are scored."""
         return self.at is not None and self.address.part == "cache"
 
+    @property
+    def voters(self) -> str | None:
+        """The insert step whose queries count; None for the text's own."""
+        own = has_expression(self.queries) or ":" in self.queries or self.queries in QUERIES
+        return None if own else self.queries
+
     def _check_cache(self) -> None:
         if self.address.stack != "decoder":
             raise wrong(f"'{self.at}' is no cache", "caches of the decoder: decoder.*.cache")
@@ -90,6 +100,8 @@ class Score(Step):
     def _check_not_cache(self) -> None:
         if self.by in ("recency", "joined"):
             raise wrong(f"'by: {self.by}' scores keys of caches", "at: decoder.*.cache")
+        if self.voters is not None:
+            raise wrong(f"'queries: {self.voters}' counts at a cache", f"at: decoder.*.cache, or {', '.join(QUERIES)}")
         given = [name for name in ("smooth", "pool") if name in self.model_fields_set]
         if given or self.reduce == "seen":
             raise wrong(f"'{(given or ['reduce: seen'])[0]}' belongs to scores of caches", "at: decoder.*.cache")
