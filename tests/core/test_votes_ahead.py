@@ -165,7 +165,8 @@ rule: mine
 about: Let tokens behind the prompt vote, or the prompt's own with these there.
 steps:
   - insert:
-      {name: ahead, at: embedding.output, where: end, count: 4, content: repeat, fresh: follow, until: head.input, cached: false}
+      {name: ahead, at: embedding.output, where: end, count: 4, content: repeat, fresh: follow, cached: false,
+       until: head.input}
   - score: {name: votes, by: attention_received, at: "decoder.*.cache", queries: ahead}
   - select: {name: kept, by: topk, scores: votes, among: all, keep: 9, recent: 3}
   - evict: {at: "decoder.*.cache", keep: kept}
@@ -191,7 +192,7 @@ def test_the_prompts_own_queries_vote_where_others_are_put_in(tmp_path: Path) ->
         ("queries: ahead", "queries: behind", "'queries: behind' of 'score' names no set of tokens"),
         ("queries: ahead", "queries: kept", "'kept' is a selection, and 'queries' of 'score' takes a set of tokens"),
         ('at: "decoder.*.cache", queries', "at: decoder.0.attention, queries", "'queries: ahead' counts at a cache"),
-        (", until: head.input", "", "caches without the inserted tokens go on from the old ones alone"),
+        (",\n       until: head.input", "", "caches without the inserted tokens go on from the old ones alone"),
         ("where: end", "where: front", "only tokens behind the text can follow it"),
         ("fresh: follow", "fresh: count, positions: compact", "caches without the inserted tokens"),
         ("content: repeat", "content: prefix_suffix, lead: -1", "-1 tokens cannot be copied"),
