@@ -92,7 +92,7 @@ CELLS = {
     "llama-long": {"count": 40, "lead": 4},
     "qwen2-repeat": {"content": "repeat", "kernel": 3, "sinks": 1, "recent": 2},
     "llava": {"lead": 1},
-    "llama-all": {"budget": 1.0},
+    "llama-all": {"budget": "100%"},
 }
 
 
@@ -112,7 +112,7 @@ def test_caches_hold_the_keys_of_the_run_by_hand(case: str) -> None:
     assert difference(out.logits, full.logits[:, :tokens]) == 0
     assert difference(out.logits, plain.logits) <= 1e-5
     ends = {key: given.get(key, 0) for key in ("sinks", "recent")}
-    budget = tokens if given.get("budget") == 1.0 else given.get("budget", BUDGET)
+    budget = tokens if given.get("budget") == "100%" else given.get("budget", BUDGET)
     chosen = by_hand(model, inputs, budget, given.get("kernel", 1), ends, **of)
     check(out.past_key_values.layers, full.past_key_values.layers, chosen)
     check(out.past_key_values.layers, plain.past_key_values.layers, chosen, 1e-5)
