@@ -18,7 +18,7 @@ from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
-from tokcompile.steps import Merge
+from tokcompile.steps import Evict, Merge
 from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
@@ -75,7 +75,8 @@ def compile(
     imagesizes.install(model)
     steps = [step for instance in parsed for step in instance.rule.steps]
     verbs = {step.verb for step in steps if not (isinstance(step, Merge) and step.of_caches)}
-    carries = verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
+    later = any(isinstance(step, Evict) and step.when != "prefill" for step in steps)
+    carries = later or verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
     if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
     return model

@@ -38,6 +38,9 @@ OTHER = {
     "random_kv": {"budget": 99},
     "dapq": {"budget": 99, "count": 5, "content": "random"},
     "ems": {"budget": 99, "alike": 0.5, "combine": "sum"},
+    "streamingllm": {"budget": 99, "sinks": 2},
+    "tova": {"budget": 99},
+    "treekv": {"budget": 99, "recent": 20, "shared": True},
 }
 """Options of rules that have no `keep`."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}

@@ -11,9 +11,17 @@ from torch.fx import Node
 from tokcompile.axes import Dim
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context
+from tokcompile.passes.keystate import (
+    KeyState,
+    attention_here,
+    evicts_later,
+    in_later_step,
+    seen_keys,
+    told_of_keys,
+)
 from tokcompile.program import place as node_place
 from tokcompile.sites import Attention, Block, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache, is_left_out
+from tokcompile.sites.cache import SHORTENED, Cache, is_left_out, unturned
 from tokcompile.steps import Score
 
 if TYPE_CHECKING:
@@ -25,10 +33,22 @@ tokred = torch.ops.tokred
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """Scores of one block's cache: float32 [B, H, T], a large one means keep, and the tokens that they are of."""
+    """Scores of one block's cache.
+
+    Attributes:
+        node: float32 [B, H, T], a large one means keep.
+        axis: the tokens that they are of.
+        block, cache: where they are of: the number of the block, and its cache.
+        valid: bool [B, T], which of them are real; None: all are.
+        state: what later steps are told of the keys that stay, if these evict too.
+    """
 
     node: Node
     axis: Dim
+    block: int
+    cache: Cache
+    valid: Node | None
+    state: KeyState
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +73,7 @@ def score_keys(ctx: Context, step: Score) -> None:
     """
     made, windowed = {}, []
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if cache.key.target in SHORTENED:
+        if unturned(cache.key).target in SHORTENED:
             raise EditError(
                 "keys of this cache were evicted before",
                 where=[f"decoder.{index}.cache"],
@@ -92,13 +112,20 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
     parts = [ctx.values[name].blocks[index].node for name in step.scores]
     parts += [slots.fresh for slots in (ctx.values.get(step.voters),) if slots is not None and slots.fresh is not None]
     with ctx.editor.after([site.node, cache.key, *parts, *ctx.sites.paddings.values()]):
-        valid = ctx.valid_mask(axis)
+        later, state = in_later_step(ctx), KeyState()
+        valid = seen_keys(ctx, block, cache) if later else ctx.valid_mask(axis)
         if step.by == "attention_received":
-            node = _received(ctx, step, block, cache, valid)
+            node, state = _received(ctx, step, index, block, cache, valid)
         elif step.by == "norm":
             node = call(aten.linalg_vector_norm.default, cache.key, float(step.p), [-1], dtype=torch.float32)
         elif step.by == "cosine":
             node = call(tokred.key_cosine.default, cache.key, valid)
+        elif step.by == "random" and (later or evicts_later(ctx, step.name)):
+            raise EditError(
+                "random scores of keys are drawn once, for those of the prompt",
+                found="an eviction at later steps",
+                remedy="when: prefill, or score by something else",
+            )
         elif step.by == "random":
             node = call(tokred.random_keys.default, cache.key, valid, int(step.seed) + (index << 32))
         elif step.by == "recency":
@@ -114,10 +141,13 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
         if not step.largest:
             node = call(aten.neg.default, node)
     node.meta["scores"] = step.name
-    return BlockScores(node, axis)
+    return BlockScores(node, axis, index, cache, valid, state)
 
 
-def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node | None) -> Node:
+def _received(
+    ctx: Context, step: Score, index: int, block: Block, cache: Cache, valid: Node | None
+) -> tuple[Node, KeyState]:
+    """Attention that each key gets from the queries that count, and what of it is added up over steps."""
     site, call = block.attention, ctx.editor.call
     if site.partial:
         raise EditError(
@@ -127,16 +157,30 @@ def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node
         )
     key = call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
     rows, window = _voting(ctx, step, site, cache, valid)
-    mask, sinks = ctx.attention_mask(site), ctx.attention_sinks(site)
-    heads = cache.key.meta["val"].shape[1]
-    how = (site.scale, site.is_causal, site.softcap, step.heads, step.reduce, *sinks)
+    (mask, is_causal), sinks = attention_here(ctx, block, cache), ctx.attention_sinks(site)
+    adds_up = step.accumulate and evicts_later(ctx, step.name)
+    reduce, state = "sum" if adds_up else step.reduce, KeyState()
+    heads = 1 if step.shared else cache.key.meta["val"].shape[1]
+    how = (site.scale, is_causal, site.softcap, step.heads, reduce, *sinks)
     node = call(tokred.key_attention.default, site.query, key, mask, rows, window, heads, *how)
     if is_left_out(cache.key):
         node = call(tokred.gather_tokens.default, node, cache.key.args[1], 2, 0)
+    if step.shared:
+        node = call(aten.expand.default, node, [ctx.editor.size(cache.key, dim) for dim in range(3)])
+    if adds_up and is_left_out(cache.key):
+        raise EditError(
+            "attention cannot be added up over steps where tokens were put into the prompt that caches do not hold",
+            remedy="accumulate: false, or evict after the prompt alone",
+        )
+    if adds_up:
+        seen = None
+        if step.reduce == "seen":
+            seen = call(tokred.key_viewers.default, site.query, key, mask, rows, window, is_causal)
+        node, state = _added_up(ctx, step, index, cache, node, seen)
     if int(step.smooth) == 1:
-        return node
+        return node, state
     own = 0 if step.voters else window
-    return call(tokred.smooth_keys.default, node, valid, own, int(step.smooth), step.pool)
+    return call(tokred.smooth_keys.default, node, valid, own, int(step.smooth), step.pool), state
 
 
 def _voting(ctx: Context, step: Score, site: Attention, cache: Cache, valid: Node | None) -> tuple[Node | None, int]:
@@ -147,7 +191,7 @@ def _voting(ctx: Context, step: Score, site: Attention, cache: Cache, valid: Nod
     window = {"all": 0, "last": 1}.get(step.queries)
     window = int(step.queries.removeprefix("last:")) if window is None else window
     if not is_left_out(cache.key):
-        return valid, window
+        return None if in_later_step(ctx) else valid, window
     if valid is None:
         valid = ctx.editor.call(aten.select.int, ctx.editor.call(aten.select.int, cache.key, 3, 0), 1, 0)
         valid = ctx.editor.call(aten.ones_like.default, valid, dtype=torch.bool)
@@ -169,6 +213,35 @@ def _inserted(ctx: Context, step: Score, axis: Dim) -> tuple[Node, int]:
             remedy="insert in front of the blocks whose caches are scored, until: head.input",
         )
     return ctx.align(slots.fresh, own, axis), slots.count if isinstance(slots.count, int) else 0
+
+
+def _added_up(
+    ctx: Context, step: Score, index: int, cache: Cache, now: Node, seen: Node | None
+) -> tuple[Node, KeyState]:
+    """Scores of keys from all queries so far, and the sums that they are made of.
+
+    Args:
+        now: the attention of this graph's queries, float32 [B, H, T].
+        seen: how many of these see each key, float32 [B, T], for a mean over those.
+    """
+    if step.heads == "max":
+        raise EditError(
+            "the largest of several heads cannot be added up over steps",
+            found="heads: max",
+            remedy="heads: mean, or accumulate: false",
+        )
+    call, later = ctx.editor.call, in_later_step(ctx)
+    of_keys = {"attention": now}
+    if seen is not None:
+        sizes = [ctx.editor.size(cache.key, dim) for dim in range(3)]
+        of_keys["queries"] = call(aten.expand.default, call(aten.unsqueeze.default, seen, 1), sizes)
+    if later:
+        for name, value in list(of_keys.items()):
+            of_keys[name] = call(aten.add.Tensor, told_of_keys(ctx, index, cache, name), value)
+    score = of_keys["attention"]
+    if seen is not None:
+        score = call(aten.div.Tensor, score, call(aten.clamp_min.default, of_keys["queries"], 1))
+    return score, KeyState(of_keys)
 
 
 def _recency(ctx: Context, cache: Cache, valid: Node | None) -> Node:

@@ -29,6 +29,8 @@ _CLEARED = {torch.ops.tokred.clear_slots.default}
 _GATHER = torch.ops.tokred.gather_tokens.default
 SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
 """What an eviction puts on what is handed back; attention reads all of it."""
+TURNED = torch.ops.tokred.turn_keys.default
+"""What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,8 @@ def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
 
 def _as_read(node: Node) -> Node:
     """The keys or values that attention reads, of which an edit hands back a part."""
-    if node.target in SHORTENED:
-        node = node.args[0]
+    if unturned(node).target in SHORTENED:
+        node = unturned(node).args[0]
     return node.args[0] if is_left_out(node) else node
 
 
@@ -96,8 +98,13 @@ def _is_latent(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4 and value.dtype.is_floating_point
 
 
+def unturned(node: Node) -> Node:
+    """A value before keys in it were numbered by rank."""
+    return node.args[0] if node.target is TURNED else node
+
+
 def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
-    while node.target in _VIEWS and node not in outputs:
+    while node.target in (*_VIEWS, TURNED) and node not in outputs:
         node = node.args[0]
     past = None
     if node.target is aten.cat.default:
@@ -108,7 +115,7 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
 
 def first_shortened(output: Node) -> Node | None:
     """A cache that an eviction shortened, among what a graph returns; None without one."""
-    return next((node for node in output.all_input_nodes if node.target in SHORTENED), None)
+    return next((node for node in output.all_input_nodes if unturned(node).target in SHORTENED), None)
 
 
 def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Node]:
@@ -145,6 +152,6 @@ def key_heads(block: Block) -> int:
 
 
 def _source(node: Node) -> Node:
-    while node.target in _VIEWS:
+    while node.target in (*_VIEWS, TURNED):
         node = node.args[0]
     return node
