@@ -23,11 +23,15 @@ Heads = list[list[float]]
 
 @dataclass
 class Seen:
-    """One call of an attention: [B, H, T, D] queries, [B, Hkv, T, D] keys, and its probabilities, [B, H, Tq, Tk]."""
+    """One call of an attention: [B, H, T, D] queries, [B, Hkv, T, D] keys, and its probabilities, [B, H, Tq, Tk].
+
+    Values are those of the cached heads too.
+    """
 
     query: Tensor
     key: Tensor
     weights: Tensor
+    value: Tensor
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> 
         else:
             weights = logits.softmax(-1)
         if own:
-            calls.append(Seen(query, key, weights))
+            calls.append(Seen(query, key, weights, value))
         return (weights.to(values.dtype) @ values).transpose(1, 2).contiguous(), weights
 
     AttentionInterface.register(NAME, attend)

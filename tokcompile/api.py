@@ -18,6 +18,7 @@ from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
+from tokcompile.steps import Evict, Merge
 from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
@@ -74,9 +75,11 @@ def compile(
     kept = {"target": target, "weights": weights, "carried": carried, "masks": before is not None}
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
-    verbs = {step.verb for instance in parsed for step in instance.rule.steps}
-    if verbs & _COUNTED or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
-        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, "evict" in verbs)
+    steps = [step for instance in parsed for step in instance.rule.steps]
+    evicts = any(isinstance(s, Evict) or (isinstance(s, Merge) and s.of_caches) for s in steps)
+    counted = any(step.verb in _COUNTED for step in steps)
+    if counted or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, evicts)
     return model
 
 

@@ -108,14 +108,16 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
     known = _known(rule, facts)
     found: list[Drop | Merge | Insert] = []
     for step in rule.rule.steps:
-        if isinstance(step, Merge) and _writes_back(step, known):
+        if isinstance(step, Merge) and (step.of_caches or _writes_back(step, known)):
             continue
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
             found.append(step.model_copy(update=values))
         elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
             given = {f: v for f, v in step.given().items() if has_expression(v)}
-            found.append(step.model_copy(update={f: substitute(v, known) for f, v in given.items()}))
+            step = step.model_copy(update={f: substitute(v, known) for f, v in given.items()})
+            if step.cached:  # else no cache holds them, and the old tokens are as they were
+                found.append(step)
     return found
 
 

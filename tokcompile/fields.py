@@ -32,16 +32,19 @@ def checked(check: Callable[[Any], Any], value: Any) -> Any:
         raise wrong(error.cause, error.remedy) from None
 
 
-def one_of(*names: str, numbered: str | None = None) -> Any:
+def one_of(*names: str, numbered: str | None = None, named: bool = False) -> Any:
     """Return the type of a word out of a list.
 
     Args:
         numbered: a further form with a number: `last` allows `last:8`.
+        named: whether the name of a step is allowed too.
     """
     form = re.compile(rf"{numbered}:[1-9][0-9]{{0,5}}") if numbered else None
 
     def check(value: object) -> object:
         if has_expression(value) or (isinstance(value, str) and (value in names or (form and form.fullmatch(value)))):
+            return value
+        if named and isinstance(value, str) and re.fullmatch(NAME_PATTERN, value):
             return value
         allowed = [*names, *([f"{numbered}:N"] if numbered else [])]
         raise wrong(f"{value!r} is not one of its values", known(str(value), allowed))
@@ -49,6 +52,8 @@ def one_of(*names: str, numbered: str | None = None) -> Any:
     schema: list[dict[str, Any]] = [{"enum": list(names)}, EXPRESSION]
     if numbered:
         schema.append({"type": "string", "pattern": rf"^{numbered}:[1-9][0-9]*$"})
+    if named:
+        schema.append({"type": "string", "pattern": NAME_PATTERN})
     return Annotated[str, BeforeValidator(check), WithJsonSchema({"anyOf": schema})]
 
 

@@ -74,6 +74,14 @@ def kind(transport: Transport, user: Node, value: Node, token_map: TokenMap) -> 
     if _from_padding(transport, value) and not transport.sites.reach.any_above(value, _weights(transport)):
         return Kind.LIKE
     if user.target in _ADDS:
+        if token_map.following and positions is None and _of_caller(transport, value, token_map):
+            raise EditError(
+                "tokens that a rule puts in behind a text need its next positions, and which numbers are positions is "
+                "not known",
+                where=[place(user)],
+                found=f"'{value.name}' {tuple(val.shape)}, looked up by numbers that the caller gives, and added",
+                remedy="call the model without position_ids, or use a model with rotary positions",
+            )
         return Kind.COUNTED if positions is not None and not token_map.silent else Kind.NOTHING
     raise EditError(
         "a value that a model made for its own tokens says nothing of those that a rule puts in",
@@ -81,6 +89,14 @@ def kind(transport: Transport, user: Node, value: Node, token_map: TokenMap) -> 
         found=f"'{value.name}' {tuple(val.shape)} in '{user.target}'",
         remedy="insert further down, where tokens have all that they need",
     )
+
+
+def _of_caller(transport: Transport, value: Node, token_map: TokenMap) -> bool:
+    """Whether a value is computed from integers that the caller gives for each token, padding apart."""
+    paddings = set(transport.sites.paddings.values())
+    given = [n for n in transport.editor.program.inputs() if not n.meta["val"].dtype.is_floating_point]
+    by_token = [n for n in given if n not in paddings and transport.where(n, token_map.axis)]
+    return value in transport.sites.reach.order and transport.sites.reach.any_above(value, by_token)
 
 
 def _is_mask(transport: Transport, user: Node, value: Node) -> bool:

@@ -12,9 +12,9 @@ from importlib.metadata import entry_points
 PASSES = "tokcompile.passes"
 OPS = "tokcompile.ops"
 BUILT_IN = {
-    "score": ("attention_received", "norm", "cosine", "random", "recency"),
+    "score": ("attention_received", "norm", "cosine", "random", "recency", "joined"),
     "select": ("topk", "neighbours", "fill", "protect", "pooled", "pairwise"),
-    "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens"),
+    "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens", "likeness"),
     "layer": ("attention", "gated"),
     "place": ("variable", "compact", "per_image", "slots"),
     "rotate": ("base", "content", "digits"),

@@ -100,6 +100,9 @@ def compact(transport: Transport, positions: Node, token_map: TokenMap) -> Node:
         index = editor.call(aten.arange.default, token_map.new, device=positions.meta["val"].device)
         shift = _beside(editor, editor.call(aten.sub.Tensor, token_map.source, index), kept, (spot, batch))
         kept = editor.call(aten.sub.Tensor, kept, shift)
+    if token_map.fresh is not None and token_map.following:
+        number = editor.call(aten.mul.Tensor, editor.call(aten.cumsum.default, token_map.fresh, 1), token_map.fresh)
+        kept = editor.call(aten.add.Tensor, kept, _beside(editor, number, kept, (spot, batch)))
     if token_map.fresh is not None and token_map.silent:
         kept = editor.call(aten.masked_fill.Scalar, kept, _beside(editor, token_map.fresh, kept, (spot, batch)), 0)
     return kept

@@ -9,7 +9,7 @@ from tokcompile.binding import KEEP
 from tokcompile.errors import RuleError, TokredError, known
 from tokcompile.expr import RESERVED_NAMES, has_expression, names_in
 from tokcompile.params import FACTS
-from tokcompile.steps import REFERENCES, Evict, Score, Select, Step
+from tokcompile.steps import QUERIES, REFERENCES, Evict, Merge, Score, Select, Step
 
 if TYPE_CHECKING:
     from tokcompile.rulefile import Rule
@@ -97,6 +97,8 @@ def _references(step: Step) -> Iterator[tuple[str, str, str]]:
             yield field, kind, name
     if isinstance(step, Score) and step.to and step.to not in REFERENCES:
         yield "to", "tap", step.to
+    if isinstance(step, Score) and step.voters:
+        yield "queries", "insert", step.voters
 
 
 def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[str, Step], rule: Rule) -> None:
@@ -104,7 +106,8 @@ def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[st
     fitting = [other.name for other in made.values() if other.verb == kind and other.line <= step.line]
     if name not in made:
         cause = f"'{field}: {name}' of '{step.verb}' names no {NOUN[kind]}"
-        raise RuleError(cause, where=here, remedy=known(name, fitting + list(REFERENCES if field == "to" else ())))
+        words = {"to": REFERENCES, "queries": (*QUERIES, "last:N")}.get(field, ())
+        raise RuleError(cause, where=here, remedy=known(name, [*fitting, *words]))
     maker = made[name]
     where = [here, f"{rule.path}:{maker.line}"]
     if maker.verb != kind:
@@ -117,11 +120,14 @@ def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[st
 
 
 def _check_caches(rule: Rule, made: dict[str, Step]) -> None:
-    """Choices among keys of caches belong to evictions, and other choices do not."""
+    """Choices among keys of caches belong to evictions and merges of caches, and other choices do not."""
     own = ("sinks", "recent", "taper")
     chosen: dict[str, Score | None] = {}
     for step in rule.steps:
         where = f"{rule.path}:{step.line}"
+        if isinstance(step, Score | Merge):
+            for name in (step.scores,) if isinstance(step.scores, str) else step.scores or ():
+                _check_scores(step, made[name], where)
         if isinstance(step, Select):
             scores = made.get(step.scores or "")
             of_caches = isinstance(scores, Score) and scores.of_caches
@@ -136,19 +142,40 @@ def _check_caches(rule: Rule, made: dict[str, Step]) -> None:
             if step.by == "pairwise" and not of_caches:
                 cause = "'by: pairwise' chooses among keys of caches"
                 raise RuleError(cause, where=where, remedy="score at: decoder.*.cache, or by: topk")
-        if isinstance(step, Evict):
-            scores = chosen.get(step.keep)
-            if scores is None:
-                cause = f"'keep: {step.keep}' is no choice among keys of caches"
-                raise RuleError(cause, where=where, remedy="score at the cache's address, and select by those scores")
-            if scores.at != step.at:
-                cause = f"keys of {scores.at} were scored, and those of {step.at} are evicted"
-                raise RuleError(cause, where=where, remedy="the same address in both")
-        elif step.verb != "select":
+        elif isinstance(step, Evict) or (isinstance(step, Merge) and step.of_caches):
+            _check_choice(step, chosen.get(step.keep), where)
+            _check_merged(step, made, where)
+        else:
             kept = getattr(step, "keep", None)
             if isinstance(kept, str) and chosen.get(kept) is not None:
                 cause = f"'{kept}' is a choice among keys of caches, and '{step.verb}' takes tokens of a sequence"
                 raise RuleError(cause, where=where, remedy="evict the caches, or score at a value that has tokens")
+
+
+def _check_choice(step: Evict | Merge, scores: Score | None, where: str) -> None:
+    """Refuse to shorten a cache by a choice that was not made there."""
+    if scores is None:
+        cause = f"'keep: {step.keep}' is no choice among keys of caches"
+        raise RuleError(cause, where=where, remedy="score at the cache's address, and select by those scores")
+    if scores.at != step.at:
+        does = "evicted" if isinstance(step, Evict) else "merged"
+        cause = f"keys of {scores.at} were scored, and those of {step.at} are {does}"
+        raise RuleError(cause, where=where, remedy="the same address in both")
+
+
+def _check_scores(step: Score | Merge, scores: Step, where: str) -> None:
+    """Refuse scores of something else than the keys of a step's own caches."""
+    if isinstance(scores, Score) and scores.at != step.at:
+        cause = f"'{scores.name}' scores {scores.at or scores.of}, and '{step.verb}' takes scores of {step.at}"
+        raise RuleError(cause, where=where, remedy="the same address in both")
+
+
+def _check_merged(step: Evict | Merge, made: dict[str, Step], where: str) -> None:
+    """Refuse a merge around another choice than the one that stays."""
+    merged = made[step.merged] if isinstance(step, Evict) and step.merged else None
+    if isinstance(merged, Merge) and (not merged.of_caches or merged.keep != step.keep):
+        cause = f"'{merged.name}' merges around '{merged.keep}', and '{step.keep}' stays"
+        raise RuleError(cause, where=where, remedy="the same selection in both, of keys of the same caches")
 
 
 def _check_expressions(step: Step, rule: Rule) -> None:

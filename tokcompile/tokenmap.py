@@ -44,6 +44,7 @@ class TokenMap:
             there are none.
         inverse: int64 [B, T], where each old token went; known where there are fresh ones.
         silent: whether fresh tokens have no position.
+        following: whether the positions of fresh tokens go on from that of the token before them, one by one.
         run: the place of the first fresh token and how many follow it, where they stand together at the same place in
             all rows.
         filled: bool [B, T'], the new tokens that are any: others are empty slots in front; None where all are.
@@ -70,6 +71,7 @@ class TokenMap:
     fresh: Node | None = None
     inverse: Node | None = None
     silent: bool = False
+    following: bool = False
     run: tuple[Length, int] | None = None
     filled: Node | None = None
     stand_ins: Node | None = None

@@ -84,3 +84,25 @@ def test_keys_past_the_end_of_a_mask_are_real(causal: bool) -> None:
     got = ops.attention(query, key, value, short, *args)
     assert torch.equal(got, ops.attention(query, key, value, whole, *args))
     assert not torch.equal(got, ops.attention(query, key, value, torch.ones_like(whole), *args))
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 999),
+    tokens=st.integers(1, 8),
+    lead=st.integers(0, 4),
+    more=st.integers(0, 6),
+    padding=st.sampled_from(["none", "left", "anywhere"]),
+)
+def test_end_places(seed: int, tokens: int, lead: int, more: int, padding: str) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    real = torch.rand(2, tokens, generator=rng) > 0.4
+    if padding == "left":
+        real = torch.arange(tokens) >= torch.tensor([[0], [seed % tokens]])
+    real[:, seed % tokens] = True
+    got = ops.end_places(torch.zeros(2, tokens), None if padding == "none" else real, lead, lead + more)
+    for row in range(2):
+        places = [j for j in range(tokens) if padding == "none" or real[row, j]]
+        front = [places[min(i, len(places) - 1)] for i in range(lead)]
+        behind = [places[max(len(places) - more + i, 0)] for i in range(more)]
+        assert got[row].tolist() == front + behind

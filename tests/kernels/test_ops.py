@@ -32,6 +32,11 @@ def slots(batch: int) -> torch.Tensor:
     return torch.stack([(torch.arange(6) == row % 5) | (torch.arange(6) == 5) for row in range(batch)])
 
 
+def chosen(batch: int) -> torch.Tensor:
+    """Five of twelve places of each of two heads, ascending."""
+    return torch.stack([(torch.arange(5) * 2 + head) for head in (0, 1)]).expand(batch, 2, 5).clone()
+
+
 def _pairs(batch: int) -> tuple[torch.Tensor, ...]:
     lists = torch.arange(9), torch.arange(9, 12), torch.arange(3)
     return tuple(each.expand(batch, -1).clone() for each in lists)
@@ -96,8 +101,36 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 2, 12, 4), torch.arange(10 * b).view(b, 2, 5) % 12),
         lambda x, index: ops.gather_keys(x, index),
     ),
+    "join_key_scores": (
+        lambda b: (floats(b, 2, 12).abs(), floats(b, 2, 12).sin().abs(), bools(b, 12)),
+        lambda one, other, valid: ops.join_key_scores([one, other], valid, 2, True, "max"),
+    ),
+    "unturn_keys": (
+        lambda b: (floats(b, 2, 12, 6), floats(b, 1, 12, 4).cos(), floats(b, 1, 12, 4).sin()),
+        lambda keys, cos, sin: ops.unturn_keys(keys, cos, sin, False),
+    ),
+    "assign_keys": (
+        lambda b: (floats(b, 2, 12, 4), floats(b, 2, 12, 3), floats(b, 2, 12).abs(), chosen(b), bools(b, 12)),
+        lambda k, v, s, index, valid: ops.assign_keys(k, v, s, index, valid, None, 1, 2, 0.1, 0.1),
+    ),
+    "merge_keys": (
+        lambda b: (
+            floats(b, 2, 12, 4),
+            chosen(b),
+            torch.arange(24 * b).view(b, 2, 12) % 6,
+            floats(b, 2, 12).abs(),
+            floats(b, 2, 12, 4).sin(),
+            floats(b, 1, 12, 4).cos(),
+            floats(b, 1, 12, 4).sin(),
+        ),
+        lambda *tensors: ops.merge_keys(*tensors, True),
+    ),
     "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
     "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
+    "end_places": (
+        lambda b: (floats(b, 12), bools(b, 12)),
+        lambda like, valid: ops.end_places(like, valid, 2, 5),
+    ),
     "insert_tokens": (
         lambda b: (floats(b, 4, 5), ops.inserted_source(slots(b), floats(b, 4), None), slots(b), floats(b, 2, 5)),
         lambda x, source, fresh, tokens: ops.insert_tokens(x, source, fresh, tokens),

@@ -36,6 +36,8 @@ OTHER = {
     "knorm": {"budget": 99},
     "keydiff": {"budget": 99},
     "random_kv": {"budget": 99},
+    "dapq": {"budget": 99, "count": 5, "content": "random"},
+    "ems": {"budget": 99, "alike": 0.5, "combine": "sum"},
     "streamingllm": {"budget": 99, "sinks": 2},
     "tova": {"budget": 99},
     "treekv": {"budget": 99, "recent": 20, "shared": True},

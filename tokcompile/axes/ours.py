@@ -62,6 +62,11 @@ def original_places(ctx: Context, node: Node) -> Dims:
     return ctx.of(node.args[1])[:2]
 
 
+def end_places(ctx: Context, node: Node) -> Dims:
+    """tokred::end_places: some tokens of each row, which are counted anew."""
+    return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
+
+
 def insert_tokens(ctx: Context, node: Node) -> Dims:
     """tokred::insert_tokens: the longer sequence, each token of the same width as before."""
     value, chosen = ctx.of(node.args[0]), ctx.of(node.args[1])
@@ -175,10 +180,19 @@ def chosen_keys(ctx: Context, node: Node) -> Dims:
 
 
 def gathered_keys(ctx: Context, node: Node) -> Dims:
-    """tokred::gather_keys: a cache of as many tokens as there are indices."""
+    """tokred::gather_keys and merge_keys: a cache of as many tokens as there are indices."""
     dims, index = list(ctx.of(node.args[0])), ctx.of(node.args[1])
     dims[2] = index[2]
     return dims
+
+
+def joined_scores(ctx: Context, node: Node) -> Dims:
+    """tokred::join_key_scores: as each of the scores."""
+    first, *others = node.args[0]
+    for other in others:
+        for one, two in zip(ctx.of(first), ctx.of(other), strict=True):
+            ctx.unify(node, one, two)
+    return list(ctx.of(first))
 
 
 def leading(count: int) -> Callable[[Context, Node], Dims]:
@@ -197,6 +211,7 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "token_source": token_source,
     "inserted_source": inserted_source,
     "original_places": original_places,
+    "end_places": end_places,
     "insert_tokens": insert_tokens,
     "flagged_tokens": flagged_tokens,
     "add_tokens": add_tokens,
@@ -225,6 +240,10 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "keep_keys": chosen_keys,
     "pairwise_keys": chosen_keys,
     "gather_keys": gathered_keys,
+    "join_key_scores": joined_scores,
+    "unturn_keys": like_first,
+    "assign_keys": leading(3),
+    "merge_keys": gathered_keys,
     "turn_keys": like_first,
     "topk_mask": pointwise,
     "dilate": like_first,

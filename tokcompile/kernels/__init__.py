@@ -7,6 +7,7 @@ if __name__ == "tokcompile.kernels":
     # repository is on the path: nothing is registered then.
     from ._library import define, names, reference_of
     from .add_tokens import add_tokens
+    from .assign_keys import assign_keys
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -20,6 +21,7 @@ if __name__ == "tokcompile.kernels":
     from .dilate import dilate
     from .dilate_by_width import dilate_by_width
     from .elbow import elbow
+    from .end_places import end_places
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .flagged_tokens import flagged_tokens
@@ -30,6 +32,7 @@ if __name__ == "tokcompile.kernels":
     from .insert_tokens import insert_tokens
     from .inserted_source import inserted_source
     from .inverse_map import inverse_map
+    from .join_key_scores import join_key_scores
     from .keep_keys import keep_keys
     from .kept_indices import kept_indices
     from .key_attention import key_attention
@@ -43,6 +46,7 @@ if __name__ == "tokcompile.kernels":
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
     from .merge_clips import merge_clips
+    from .merge_keys import merge_keys
     from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
     from .mix_tokens import mix_tokens
@@ -71,11 +75,13 @@ if __name__ == "tokcompile.kernels":
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
     from .turn_keys import turn_keys
+    from .unturn_keys import unturn_keys
     from .variable_positions import variable_positions
     from .window_topk_mask import window_topk_mask
 
 __all__ = [
     "add_tokens",
+    "assign_keys",
     "attention",
     "attention_received",
     "attention_row",
@@ -90,6 +96,7 @@ __all__ = [
     "dilate",
     "dilate_by_width",
     "elbow",
+    "end_places",
     "fill_mask",
     "first_members",
     "flagged_tokens",
@@ -100,6 +107,7 @@ __all__ = [
     "insert_tokens",
     "inserted_source",
     "inverse_map",
+    "join_key_scores",
     "keep_keys",
     "kept_indices",
     "key_attention",
@@ -113,6 +121,7 @@ __all__ = [
     "masked_mean",
     "match_pairs",
     "merge_clips",
+    "merge_keys",
     "merge_pairs",
     "merge_weights",
     "mix_tokens",
@@ -143,6 +152,7 @@ __all__ = [
     "transport_plan",
     "transport_weights",
     "turn_keys",
+    "unturn_keys",
     "variable_positions",
     "window_topk_mask",
 ]

@@ -13,13 +13,14 @@ from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.keychoice import KeySelection
+from tokcompile.passes.keymerge import BlockMerge, KeyMerge
 from tokcompile.passes.keyranks import PLACES, Ranks, hand_back_by_rank, told_places
 from tokcompile.passes.keystate import hand_on_state, in_later_step
 from tokcompile.placetables import is_biased
 from tokcompile.program import place
 from tokcompile.sites import Block
 from tokcompile.sites.cache import handed_back
-from tokcompile.steps import Evict, Select
+from tokcompile.steps import Evict, Score, Select
 
 tokred = torch.ops.tokred
 
@@ -36,10 +37,11 @@ def evict(ctx: Context, step: Evict) -> None:
     _check_biases(ctx, [blocks[index] for index in selection.blocks])
     places = _places(ctx, step, selection)
     outputs = list(ctx.program.output.all_input_nodes)
+    merged: KeyMerge | None = ctx.values.get(step.merged or "")
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
     for index, chosen in selection.blocks.items():
         if chosen.index is not None:
-            _shorten(ctx, held[index], chosen.index, chosen.size)
+            _shorten(ctx, held[index], chosen.index, chosen.size, merged.blocks[index] if merged else None)
         if step.when != "prefill":
             hand_on_state(ctx, index, chosen.state.with_keys(**places[index]), chosen.index)
         if chosen.padding is not None:
@@ -54,6 +56,8 @@ def evict(ctx: Context, step: Evict) -> None:
         "from": _spelled(length_value(b.size) for b in each),
         "to": _spelled(length_value(b.count) for b in each),
     }
+    if step.merged:
+        record["merged"] = step.merged
     if selection.windowed:
         record["note"] = f"blocks {', '.join(map(str, selection.windowed))} keep what their window does"
     ctx.log.append(record)
@@ -88,8 +92,11 @@ def _only_tell(ctx: Context, step: Evict, selection: KeySelection) -> None:
 def _check_later(ctx: Context, step: Evict) -> None:
     """Refuse what later steps cannot choose by."""
     choice = next(s for s in ctx.instance.steps if isinstance(s, Select) and s.name == step.keep)
+    scores = next(s for s in ctx.instance.steps if isinstance(s, Score) and s.name == choice.scores)
     alone = step.when == "decode"
     wrong = {
+        f"scores by: {scores.by}": scores.by == "joined",
+        f"queries: {scores.queries}": scores.voters is not None,
         f"among: {choice.among}": choice.among != "all",
         f"taper: {choice.taper}": int(choice.taper) != 1,
         f"keep: {choice.keep}": alone and ctx.instance.is_share(choice),
@@ -101,7 +108,7 @@ def _check_later(ctx: Context, step: Evict) -> None:
             "later steps cannot evict by this choice",
             where=[ctx.instance.place(choice)],
             found=f"{found}, with when: {step.when}",
-            remedy="when: prefill, or a choice among all tokens, with a count and equal budgets",
+            remedy="when: prefill, or a choice among all tokens by scores of their own, with a count and equal budgets",
         )
 
 
@@ -130,8 +137,14 @@ def _guarded(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     return backed and bool(one == other)
 
 
-def _shorten(ctx: Context, held: list[Node], index: Node, size: Length) -> None:
+def _shorten(ctx: Context, held: list[Node], index: Node, size: Length, merged: BlockMerge | None) -> None:
     output, tokens = ctx.program.output, length_value(size)
+    if not held:
+        raise EditError(
+            "a block hands back no keys and values that could be shortened",
+            where=[place(index)],
+            remedy="load the model with a DynamicCache",
+        )
     for node in held:
         shape = node.meta["val"].shape
         if len(shape) != 4 or not (same(size_of(shape[2]), size_of(tokens)) or _guarded(shape[2], tokens)):
@@ -141,6 +154,10 @@ def _shorten(ctx: Context, held: list[Node], index: Node, size: Length) -> None:
                 found=f"{tuple(shape)}, of {length_value(size)} tokens",
                 remedy="load the model with a DynamicCache",
             )
-        with ctx.editor.after([node, index]):
-            short = ctx.editor.call(tokred.gather_keys.default, node, index)
+        with ctx.editor.after([node, index, *(merged.sources if merged else [])]):
+            short = (
+                ctx.editor.call(tokred.gather_keys.default, node, index)
+                if merged is None
+                else merged.shortened(ctx.editor, node, index)
+            )
         ctx.editor.swap_input(output, node, short)

@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from tokcompile.edit import Length, length_value
 from tokcompile.errors import EditError
+from tokcompile.inserted import originals
 from tokcompile.passes.context import Context
 from tokcompile.passes.drop import check_positions
 from tokcompile.passes.insertplaces import Slots, find_slots
@@ -46,7 +47,10 @@ def insert(ctx: Context, step: Insert) -> None:
         content = editor.call(
             tokred.insert_tokens.default, node, token_map.source, token_map.fresh, tokens, name="inserted"
         )
-    Transport(editor, ctx.sites).apply(node, token_map, content, until)
+    transport = Transport(editor, ctx.sites)
+    transport.apply(node, token_map, content, until)
+    if step.cached is False:
+        _leave_out(ctx, transport, token_map)
     ctx.refresh()
     if step.readout == "tokens":
         read_out(ctx, step, place.owner, content, slots)
@@ -101,8 +105,17 @@ def _map(
         fresh=slots.fresh,
         inverse=call(tokred.original_places.default, slots.fresh, like),
         silent=step.fresh == "none",
+        following=step.fresh == "follow",
         run=slots.run,
     )
+
+
+def _leave_out(ctx: Context, transport: Transport, token_map: TokenMap) -> None:
+    """Let the graph hand back the old tokens alone."""
+    output = ctx.program.output
+    for node in output.all_input_nodes:
+        if token_map in transport.edited.get(node, []):
+            ctx.editor.swap_input(output, node, originals(transport, node, token_map))
 
 
 def _content(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node | None) -> Node:
@@ -115,6 +128,8 @@ def _content(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node |
         return editor.call(aten.new_zeros.default, node, [1, 1, width])
     if step.content == "mean":
         return _mean(ctx, node, valid)
+    if step.content in ("prefix_suffix", "repeat", "random"):
+        return _own(ctx, step, node, slots, valid)
     count = 1 if step.shared else length_value(slots.count)
     if not isinstance(count, int):
         raise EditError(
@@ -130,6 +145,34 @@ def _content(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node |
 
     held = editor.parameter(step.name, (count, width), make)
     return editor.call(aten.unsqueeze.default, held, 0)
+
+
+def _own(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node | None) -> Node:
+    """[B or 1, M, C]: embeddings of tokens that the model knows."""
+    call, count = ctx.editor.call, length_value(slots.count)
+    if not isinstance(count, int):
+        raise EditError(
+            "how many tokens are put in follows from the length of the text, and what they hold is not known",
+            where=[step.at],
+            remedy="`where: end` or another place with a `count`, or compile with a static length",
+        )
+    if step.content == "random":
+        return _random(ctx, step, node, count)
+    lead, count = (min(int(step.lead), count), count) if step.content == "prefix_suffix" else (0, 1)
+    like = call(aten.select.int, node, -1, 0)
+    places = call(tokred.end_places.default, like, valid, lead, count)
+    return call(tokred.gather_tokens.default, node, places, 1, 0)
+
+
+def _random(ctx: Context, step: Insert, node: Node, count: int) -> Node:
+    """[1, M, C]: random rows of the table of embeddings, each row as likely as any other."""
+    if node.target is not aten.embedding.default:
+        raise EditError("random tokens are put in where a table of embeddings is read", where=[node_place(node)])
+    call, table = ctx.editor.call, node.args[0]
+    like = call(aten.new_zeros.default, node, [1, count])
+    drawn = call(tokred.random_scores.default, like, int(step.seed))
+    rows = call(aten.mul.Scalar, drawn, int(table.meta["val"].shape[0]))
+    return call(aten.embedding.default, table, call(aten.to.dtype, rows, torch.int64))
 
 
 def _mean(ctx: Context, node: Node, valid: Node | None) -> Node:

@@ -29,27 +29,34 @@ class BlockKeys:
     """The keys of one block's cache that stay: int64 [B, H, k] ascending; None where all T do.
 
     Attributes:
+        valid, among: bool [B, T], real tokens and those that were up for choice; None: all.
         padding, evicted: int64 [B], how many of them are padding, and how many others there were, where a later step
             cannot tell from its mask: where tokens were dropped before.
         state: what later steps that evict too are told of the keys.
-        valid: bool [B, T], which of all keys are real; None: all are.
     """
 
     index: Node | None
     size: Length
     count: Length
+    valid: Node | None = None
+    among: Node | None = None
     padding: Node | None = None
     evicted: Node | None = None
     state: KeyState = KeyState()
-    valid: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class KeySelection:
-    """The keys that stay, by number of the block; `windowed` blocks keep what their window does."""
+    """The keys that stay, by number of the block; `windowed` blocks keep what their window does.
+
+    Attributes:
+        first, last: how many real tokens at either end of a row stay in any case.
+    """
 
     blocks: dict[int, BlockKeys]
     windowed: tuple[int, ...]
+    first: int
+    last: int
 
 
 def choose_keys(ctx: Context, step: Select) -> None:
@@ -57,7 +64,7 @@ def choose_keys(ctx: Context, step: Select) -> None:
     scores: KeyScores = ctx.values[step.scores]
     budgets = _budgets(ctx, step, scores)
     made = {index: _chosen(ctx, step, each, budgets[index]) for index, each in scores.blocks.items()}
-    ctx.values[step.name] = KeySelection(made, scores.windowed)
+    ctx.values[step.name] = KeySelection(made, scores.windowed, int(step.sinks), int(step.recent))
     counts = [str(length_value(each.count)) for each in made.values()]
     record: dict[str, Any] = {"verb": "select", "name": step.name, "by": step.by, "counts": counts}
     ctx.log.append(record)
@@ -89,7 +96,7 @@ def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> 
             index = ctx.editor.call(tokred.pairwise_keys.default, node, valid, turn, *ends, count, most)
         elif not _same(total, count):
             index = ctx.editor.call(tokred.keep_keys.default, node, valid, among, *ends, count)
-    return BlockKeys(index, total, count, padding, evicted, state, valid)
+    return BlockKeys(index, total, count, valid, among, padding, evicted, state)
 
 
 def _turns(ctx: Context, scores: BlockScores, total: Length, count: Length) -> tuple[Node, KeyState]:
@@ -126,10 +133,9 @@ def _same(one: Length, other: Length) -> bool:
 
 
 def _shortened(ctx: Context) -> bool:
-    """Whether earlier steps changed how many tokens the decoder, or a part of it, is given."""
-    stream = ctx.sites.stacks["decoder"].blocks[-1].input
-    axis = ctx.program.axes.of(stream)[1]
-    return oldest(axis) != resolve(axis)
+    """Whether earlier steps changed how many tokens the caches hold, or some of them."""
+    axes = [ctx.program.axes.of(cache.key)[2] for cache in ctx.sites.caches.values()]
+    return any(oldest(axis) != resolve(axis) for axis in axes)
 
 
 def _told(ctx: Context, scores: Node, valid: Node | None, total: Length, count: Length) -> tuple[Node | None, Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -20,9 +20,12 @@ from tokcompile.passes.keystate import (
     told_of_keys,
 )
 from tokcompile.program import place as node_place
-from tokcompile.sites import Block, resolve_blocks, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache, handed_back, unturned
+from tokcompile.sites import Attention, Block, resolve_blocks, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache, handed_back, is_left_out, unturned
 from tokcompile.steps import Score
+
+if TYPE_CHECKING:
+    from tokcompile.passes.insertplaces import Slots
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -55,10 +58,12 @@ class KeyScores:
     Attributes:
         blocks: by number of the block.
         windowed: numbers of blocks that attend in a window: their caches are bounded as it is, and stay.
+        amounts: whether the scores are amounts of something, none below 0.
     """
 
     blocks: dict[int, BlockScores]
     windowed: tuple[int, ...]
+    amounts: bool
 
 
 def score_keys(ctx: Context, step: Score) -> None:
@@ -68,7 +73,7 @@ def score_keys(ctx: Context, step: Score) -> None:
     """
     made, windowed = {}, []
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if unturned(cache.key).target is SHORTENED:
+        if unturned(cache.key).target in SHORTENED:
             raise EditError(
                 "keys of this cache were evicted before",
                 where=[f"decoder.{index}.cache"],
@@ -86,7 +91,7 @@ def score_keys(ctx: Context, step: Score) -> None:
             found=f"windows in blocks {', '.join(map(str, windowed))}",
             remedy="use the rule on a model whose attention sees all keys",
         )
-    ctx.values[step.name] = KeyScores(made, tuple(windowed))
+    ctx.values[step.name] = KeyScores(made, tuple(windowed), _amounts(ctx, step))
     record: dict[str, Any] = {"verb": "score", "name": step.name, "by": step.by, "at": step.at, "blocks": len(made)}
     if windowed:
         record["windows"] = windowed
@@ -115,10 +120,19 @@ def _bounded(ctx: Context, step: Score) -> list[int]:
     return found
 
 
+def _amounts(ctx: Context, step: Score) -> bool:
+    """Whether no score of a step is below 0."""
+    if step.by == "joined":
+        return step.largest is True and all(ctx.values[name].amounts for name in step.scores)
+    return step.largest is True and step.by in ("attention_received", "norm", "random", "recency")
+
+
 def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:
     site, axes, call = block.attention, ctx.program.axes, ctx.editor.call
     axis = axes.of(cache.key)[2]
-    with ctx.editor.after([site.node, cache.key, *ctx.sites.paddings.values()]):
+    parts = [ctx.values[name].blocks[index].node for name in step.scores]
+    parts += [slots.fresh for slots in (ctx.values.get(step.voters),) if slots is not None and slots.fresh is not None]
+    with ctx.editor.after([site.node, cache.key, *parts, *ctx.sites.paddings.values()]):
         later, state = in_later_step(ctx), KeyState()
         valid = seen_keys(ctx, block, cache) if later else ctx.valid_mask(axis)
         if step.by == "attention_received":
@@ -137,10 +151,13 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
             node = call(tokred.random_keys.default, cache.key, valid, int(step.seed) + (index << 32))
         elif step.by == "recency":
             node = _recency(ctx, cache, valid)
+        elif step.by == "joined":
+            how = (int(step.recent), step.align == "mean", step.join)
+            node = call(tokred.join_key_scores.default, parts, valid, *how)
         else:
             raise RuleError(
                 f"keys of a cache cannot be scored by '{step.by}'",
-                remedy="attention_received, norm, cosine, random or recency",
+                remedy="attention_received, norm, cosine, random, recency or joined",
             )
         if not step.largest:
             node = call(aten.neg.default, node)
@@ -160,17 +177,22 @@ def _received(
             remedy="score by something else, or load the model with fused attention",
         )
     key = call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
-    window = {"all": 0, "last": 1}.get(step.queries)
-    window = int(step.queries.removeprefix("last:")) if window is None else window
+    rows, window = _voting(ctx, step, site, cache, valid)
     (mask, is_causal), sinks = attention_here(ctx, block, cache), ctx.attention_sinks(site)
     adds_up = step.accumulate and evicts_later(ctx, step.name)
     reduce, state = "sum" if adds_up else step.reduce, KeyState()
-    rows = None if in_later_step(ctx) else valid
     heads = 1 if step.shared else cache.key.meta["val"].shape[1]
     how = (site.scale, is_causal, site.softcap, step.heads, reduce, *sinks)
     node = call(tokred.key_attention.default, site.query, key, mask, rows, window, heads, *how)
+    if is_left_out(cache.key):
+        node = call(tokred.gather_tokens.default, node, cache.key.args[1], 2, 0)
     if step.shared:
         node = call(aten.expand.default, node, [ctx.editor.size(cache.key, dim) for dim in range(3)])
+    if adds_up and is_left_out(cache.key):
+        raise EditError(
+            "attention cannot be added up over steps where tokens were put into the prompt that caches do not hold",
+            remedy="accumulate: false, or evict after the prompt alone",
+        )
     if adds_up:
         seen = None
         if step.reduce == "seen":
@@ -178,7 +200,40 @@ def _received(
         node, state = _added_up(ctx, step, index, cache, node, seen)
     if int(step.smooth) == 1:
         return node, state
-    return call(tokred.smooth_keys.default, node, valid, window, int(step.smooth), step.pool), state
+    own = 0 if step.voters else window
+    return call(tokred.smooth_keys.default, node, valid, own, int(step.smooth), step.pool), state
+
+
+def _voting(ctx: Context, step: Score, site: Attention, cache: Cache, valid: Node | None) -> tuple[Node | None, int]:
+    """Which queries may count, bool [B, Tq] or None for all, and how many of the last of them do, 0 for all."""
+    axis = ctx.program.axes.of(site.query)[-2]
+    if step.voters:
+        return _inserted(ctx, step, axis)
+    window = {"all": 0, "last": 1}.get(step.queries)
+    window = int(step.queries.removeprefix("last:")) if window is None else window
+    if not is_left_out(cache.key):
+        return None if in_later_step(ctx) else valid, window
+    if valid is None:
+        valid = ctx.editor.call(aten.select.int, ctx.editor.call(aten.select.int, cache.key, 3, 0), 1, 0)
+        valid = ctx.editor.call(aten.ones_like.default, valid, dtype=torch.bool)
+    return ctx.align(valid, ctx.program.axes.of(cache.key)[2], axis), window
+
+
+def _inserted(ctx: Context, step: Score, axis: Dim) -> tuple[Node, int]:
+    """The queries of the tokens that a step put in."""
+    slots: Slots = ctx.values[step.voters]
+    if slots.fresh is None:
+        raise EditError(
+            f"'{step.voters}' inserts no tokens, and so none can vote", where=[step.at], remedy="a count of at least 1"
+        )
+    own = ctx.program.axes.of(slots.fresh)[1]
+    if not ctx.leads(own, axis):
+        raise EditError(
+            f"the tokens of '{step.voters}' are not there where keys are scored",
+            where=[step.at],
+            remedy="insert in front of the blocks whose caches are scored, until: head.input",
+        )
+    return ctx.align(slots.fresh, own, axis), slots.count if isinstance(slots.count, int) else 0
 
 
 def _added_up(

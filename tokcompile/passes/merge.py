@@ -15,6 +15,7 @@ from tokcompile.passes.clips import merge_clips
 from tokcompile.passes.context import Context
 from tokcompile.passes.density_peaks import merge_by_density
 from tokcompile.passes.drop import check_positions
+from tokcompile.passes.keymerge import merge_keys
 from tokcompile.passes.kmeans import kmeans
 from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.passes.nearest import nearest
@@ -52,6 +53,9 @@ def merge(ctx: Context, step: Merge) -> None:
         return
     if step.by == "super_tokens":
         attend_to_super_tokens(ctx, step)
+        return
+    if step.of_caches:
+        merge_keys(ctx, step)
         return
     place = resolve_address(ctx.sites, step.at)
     at = rows_of_tokens(ctx, place.node)

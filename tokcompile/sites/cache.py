@@ -26,7 +26,8 @@ _VIEWS = {
 }
 _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
-SHORTENED = torch.ops.tokred.gather_keys.default
+_GATHER = torch.ops.tokred.gather_tokens.default
+SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
 """What an eviction puts on what is handed back; attention reads all of it."""
 TURNED = torch.ops.tokred.turn_keys.default
 """What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
@@ -48,16 +49,28 @@ class Cache:
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     """The cache of a block; None when the graph neither returns nor reads one."""
-    shortened = {unturned(n).args[0]: n for n in outputs if unturned(n).target is SHORTENED}
-    outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED} | shortened.keys()
+    edited = {_as_read(n): n for n in outputs if _as_read(n) is not n}
+    outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED} | edited.keys()
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
     if key is None or value is None:
-        return _latent(block, outputs)
-    return Cache(shortened.get(key, key), shortened.get(value, value), past)
+        return _latent(block, outputs, edited)
+    return Cache(edited.get(key, key), edited.get(value, value), past)
 
 
-def _latent(block: Block, outputs: set[Node]) -> Cache | None:
+def _as_read(node: Node) -> Node:
+    """The keys or values that attention reads, of which an edit hands back a part."""
+    if unturned(node).target in SHORTENED:
+        node = unturned(node).args[0]
+    return node.args[0] if is_left_out(node) else node
+
+
+def is_left_out(node: Node) -> bool:
+    """Whether a value is another without the tokens that a rule put in."""
+    return node.target is _GATHER and node.args[1].target is torch.ops.tokred.original_places.default
+
+
+def _latent(block: Block, outputs: set[Node], edited: dict[Node, Node]) -> Cache | None:
     todo, seen = [block.attention.key, block.attention.value], dict[Node, None]()
     while todo:
         node = todo.pop()
@@ -68,6 +81,7 @@ def _latent(block: Block, outputs: set[Node]) -> Cache | None:
             return Cache(node, node, node.args[0][0])
         todo.extend(node.all_input_nodes)
     held = [node for node in seen if node in outputs and node.op != "placeholder" and _is_latent(node)]
+    held = [edited.get(node, node) for node in held]
     return Cache(held[0], held[-1], None) if held else None
 
 
@@ -101,7 +115,7 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
 
 def first_shortened(output: Node) -> Node | None:
     """A cache that an eviction shortened, among what a graph returns; None without one."""
-    return next((node for node in output.all_input_nodes if unturned(node).target is SHORTENED), None)
+    return next((node for node in output.all_input_nodes if unturned(node).target in SHORTENED), None)
 
 
 def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Node]:
@@ -112,14 +126,15 @@ def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Nod
     site = block.attention
     sources = [_source(site.key), _source(site.value)]
     found = []
-    for node in outputs:
+    for handed in outputs:
+        node = _as_read(handed)
         own = reach.above(block.input, node) and node is not block.input
         if not own or reach.above(site.node, node) or reach.above(site.query, node):
             continue
         below = any(reach.above(source, node) for source in sources)
         above = any(reach.above(node, value) for value in (site.key, site.value))
         if below or above:
-            found.append(node)
+            found.append(handed)
     return found
 
 

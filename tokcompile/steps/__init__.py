@@ -11,7 +11,7 @@ from tokcompile.steps.mark import Mark
 from tokcompile.steps.merge import Merge
 from tokcompile.steps.place import Place
 from tokcompile.steps.rotate import Rotate
-from tokcompile.steps.score import REFERENCES, Score
+from tokcompile.steps.score import QUERIES, REFERENCES, Score
 from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
@@ -23,6 +23,7 @@ PLANNED = ("route", "draft")
 
 __all__ = [
     "PLANNED",
+    "QUERIES",
     "REFERENCES",
     "STEPS",
     "Drop",

@@ -12,13 +12,15 @@ class Evict(Step):
     """Shortens caches, after the prompt or at every step: keys and values that a selection did not choose are freed."""
 
     verb = "evict"
-    refers = {"keep": "select"}
+    refers = {"keep": "select", "merged": "merge"}
     makes = False
 
     at: AddressText = "decoder.*.cache"
     """caches of the blocks: decoder.*.cache, or one block's: decoder.3.cache"""
     keep: Name
     """the selection, made at the same caches, that stays"""
+    merged: Name | None = None
+    """a merge of the same caches around that selection: what stays is then the means that it makes"""
     when: one_of("prefill", "decode", "both") = "prefill"
     """after the prompt, at every later step, or both: then the caches never hold more than the budget"""
     positions: one_of("keep", "rank") = "keep"
@@ -28,4 +30,6 @@ class Evict(Step):
     def _check(self) -> Evict:
         if self.address.part != "cache" or self.address.stack != "decoder":
             raise wrong(f"'{self.at}' is not a place for an eviction", "caches of the decoder: decoder.*.cache")
+        if self.merged is not None and (self.when, self.positions) != ("prefill", "keep"):
+            raise wrong("keys are merged after the prompt alone, at their positions", "when: prefill, positions: keep")
         return self

@@ -35,19 +35,25 @@ class Insert(Step):
     places: PlaceList | None = None
     """old tokens in front of each inserted one, ascending (listed)"""
     seed: IntOrExpression = 0
-    """seed of random places"""
-    content: one_of("learned", "zero", "mean") = "learned"
-    """what they hold: learned vectors, zeros, or the mean of the real tokens"""
+    """seed of random places, or of random content"""
+    content: one_of("learned", "zero", "mean", "prefix_suffix", "repeat", "random") = "learned"
+    """what they hold: learned vectors, zeros, the mean of the real tokens; copies of each row's first and last real
+    tokens (prefix_suffix), of the last one (repeat), or random ones of the model's vocabulary (random)"""
+    lead: IntOrExpression = 4
+    """how many are copies of the first tokens; all others are of the last (prefix_suffix)"""
     shared: Truth = False
     """whether one learned vector stands at all places"""
     std: Number = 0.02
     """standard deviation of learned vectors at the start; 0 for zeros"""
     positions: one_of("keep", "compact") = "keep"
     """rotary positions of the old tokens: keep their own, or those in the longer sequence (compact)"""
-    fresh: one_of("none", "count") = "none"
-    """rotary positions of inserted tokens: none (they are not turned), or those in the longer sequence (count)"""
+    fresh: one_of("none", "count", "follow") = "none"
+    """rotary positions of inserted tokens: none (they are not turned), those in the longer sequence (count), or those
+    that tokens after the text would have, from its last one on (follow)"""
     until: AddressText | None = None
     """address from which they are gone again: head.input, so that logits are those of the old tokens"""
+    cached: Truth = True
+    """whether the caches that a prompt leaves hold the inserted tokens"""
     readout: one_of("none", "tokens") = "none"
     """tokens: the inserted tokens, after the last norm, are the model's first output"""
     flatten: Truth = False
@@ -61,6 +67,14 @@ class Insert(Step):
         self._check_places()
         if self.fresh == "count" and self.positions == "keep":
             raise wrong("two tokens would have one position", "give positions: compact, or fresh: none")
+        if self.fresh == "follow" and (self.positions != "keep" or self.where != "end"):
+            raise wrong("only tokens behind the text can follow it", "where: end, and positions: keep")
+        if self.cached is False and (self.positions != "keep" or self.until is None):
+            raise wrong(
+                "caches without the inserted tokens go on from the old ones alone, at their positions",
+                "positions: keep, and until: head.input",
+            )
+        self._check_content()
         if self.until is not None:
             until = parse_address(self.until)
             if not until.is_single or until.part not in ("input", "output", "middle"):
@@ -70,6 +84,12 @@ class Insert(Step):
         if self.readout == "tokens" and self.until is not None:
             raise wrong("tokens that are gone cannot be read out", "remove 'until'")
         return self
+
+    def _check_content(self) -> None:
+        if _is_number(self.lead) and self.lead < 0:
+            raise wrong(f"{self.lead} tokens cannot be copied", "0 or more")
+        if self.content == "random" and parse_address(self.at).stack != "embedding":
+            raise wrong("random tokens of the vocabulary are put in as embeddings", "at: embedding.output")
 
     def _reads_nothing(self) -> bool:
         return self.flatten is True or self.normalise == "l2"

@@ -24,16 +24,18 @@ class Merge(Step):
     """Makes fewer tokens of those of a sequence: each new one is a combination of old ones."""
 
     verb = "merge"
-    refers = {"keep": "select", "like": "tap"}
+    refers = {"keep": "select", "like": "tap", "scores": "score"}
     makes = False
     budgeted = "tokens"
 
     by: str
-    """pairs, pool, nearest, kmeans, transport, clips, density_peaks, super_tokens, or the name of a plug-in"""
+    """pairs, pool, nearest, kmeans, transport, clips, density_peaks, super_tokens, likeness (of a cache's keys), or the
+    name of a plug-in"""
     at: AddressText
-    """address from which the new tokens stand in place of the old ones; vision.*.middle means every block"""
+    """address from which the new tokens stand in place of the old ones; vision.*.middle means every block; or caches,
+    decoder.*.cache"""
     name: Name | None = None
-    """name under which later steps find the members of merged tokens (density_peaks)"""
+    """name under which later steps find the members of merged tokens (density_peaks, likeness)"""
     count: CountList | None = None
     """pairs that are merged in each block, a number or a list with one for each block (pairs); tokens that others are
     merged to (nearest); clusters (kmeans)"""
@@ -51,7 +53,19 @@ class Merge(Step):
     """columns of that grid, as many as rows by default (pool)"""
     keep: Name | None = None
     """selection of tokens that stay: in front of the merged ones (nearest), or with all others poured into them
-    (transport); tokens of each frame that are not dropped at once (clips)"""
+    (transport); tokens of each frame that are not dropped at once (clips); keys that others are merged into
+    (likeness)"""
+    scores: Name | None = None
+    """scores of the same cache, which tokens are weighed by (likeness)"""
+    alike: Number = 0
+    """a key that is less alike than this to all that stay is merged into none of them, from 0 to 1 (likeness)"""
+    spare: Number = 0
+    """share of all scores that is lost with the tokens of the smallest, which are merged into none (likeness)"""
+    space: one_of("plain", "turned") = "plain"
+    """whether keys are compared and averaged as they are without their rotary positions, a mean then being turned at
+    the place of the one that stays, or as the cache has them (likeness)"""
+    merge_keys: Truth = True
+    """whether keys are averaged as values are, or stay (likeness)"""
     like: Name | None = None
     """tap of what tokens are compared by, keys as their mean over heads (nearest)"""
     content: one_of("average", "sum") = "average"
@@ -106,15 +120,32 @@ class Merge(Step):
         known_by(self, self.by)
         refuses(self, _users(), self.by)
         needs(self, _NEEDED.get(self.by, ()), self.by)
-        if self.by == "pairs" and self.address.part not in ("middle", "input", "output"):
+        if (self.by == "likeness") != self.of_caches:
+            raise wrong(f"'{self.at}' is not a place for by: {self.by}", "caches for by: likeness: decoder.*.cache")
+        if self.by == "likeness":
+            self._check_cache()
+        elif self.by == "pairs" and self.address.part not in ("middle", "input", "output"):
             raise wrong(f"'{self.at}' is not a place for by: pairs", "vision.*.middle, or one block: vision.3.middle")
-        if self.by == "super_tokens":
+        elif self.by == "super_tokens":
             self._check_attention()
         elif self.by != "pairs":
             single_part(self, ("input", "output", "middle", "patches"), f"by: {self.by}")
             for field in ("count", "rows", "columns", "iterations", "neighbours", "slots", "clip"):
                 self._check_number(field)
         return self
+
+    @property
+    def of_caches(self) -> bool:
+        """Whether keys and values of caches are merged."""
+        return self.address.part == "cache"
+
+    def _check_cache(self) -> None:
+        if self.address.stack != "decoder":
+            raise wrong(f"'{self.at}' is no cache", "caches of the decoder: decoder.*.cache")
+        for field in ("alike", "spare"):
+            value = getattr(self, field)
+            if isinstance(value, int | float) and value < 0:
+                raise wrong(f"'{field}: {value}' is negative", "a number from 0 on")
 
     def _check_attention(self) -> None:
         if self.address.part != "attention":
@@ -143,6 +174,7 @@ _FIELDS = {
     "clips": ("keep", "clip", "ratio", "spread", "temperature", "iterations", "positions"),
     "density_peaks": ("name", "tokens", "round", "order", "neighbours", "slots", "positions", "restore"),
     "super_tokens": ("cell", "iterations", "mask_ghosts", "blocks"),
+    "likeness": ("name", "keep", "scores", "alike", "spare", "space", "merge_keys"),
 }
 """The fields that each way to merge uses beside `by` and `at`."""
 _NEEDED = {
@@ -153,6 +185,7 @@ _NEEDED = {
     "transport": ("keep",),
     "clips": ("keep", "clip", "ratio"),
     "density_peaks": ("tokens",),
+    "likeness": ("name", "keep", "scores"),
 }
 
 

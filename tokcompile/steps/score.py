@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from tokcompile.expr import has_expression
 from tokcompile.fields import AddressText, IntOrExpression, Name, NormOrder, Truth, one_of, wrong
 from tokcompile.steps.base import Step, known_by, needs, refuses, single_part
 
+QUERIES = ("all", "last", "cls", "text")
+"""What `queries:` of a score may say besides last:N and the name of an insert step."""
 REFERENCES = ("cls", "mean", "last_text")
 """What `to:` of a score may name besides a tap."""
 
@@ -15,19 +18,20 @@ class Score(Step):
     """Gives each token of a sequence a number."""
 
     verb = "score"
-    refers = {"of": "tap"}
+    refers = {"of": "tap", "scores": "score"}
 
     name: Name
     """name under which later steps use the scores"""
     by: str
-    """attention_received, norm, cosine, random, recency (at a cache), or the name of a plug-in"""
+    """attention_received, norm, cosine, random, recency or joined (at a cache), or the name of a plug-in"""
     at: AddressText | None = None
     """address: an attention site for attention_received, else a value that has tokens (decoder.2.input); or caches,
     whose keys are scored for each of their heads: decoder.*.cache"""
     of: Name | None = None
     """name of a tap to score, in place of at"""
-    queries: one_of("all", "last", "cls", "text", numbered="last") = "all"
-    """rows of the attention that count: all, last, cls, text, or the last N as last:N, also last:${window}"""
+    queries: one_of(*QUERIES, numbered="last", named=True) = "all"
+    """rows of the attention that count: all, last, cls, text, or the last N as last:N, also last:${window}; at a cache
+    also those of an insert step, by its name"""
     heads: one_of("mean", "max", "sum") = "mean"
     """how heads are brought together: all, or at a cache the query heads that share a cached head"""
     reduce: one_of("mean", "sum", "seen") = "mean"
@@ -47,6 +51,14 @@ class Score(Step):
     """order of a norm: 1, 2 or inf"""
     seed: IntOrExpression = 0
     """seed of random scores"""
+    scores: tuple[Name, ...] = ()
+    """other scores of the same cache (joined)"""
+    join: one_of("max", "sum") = "max"
+    """how they are brought together (joined)"""
+    align: one_of("mean", "none") = "none"
+    """mean: each is first multiplied by what brings its mean over a head's tokens to that of the last (joined)"""
+    recent: IntOrExpression = 0
+    """last real tokens of each row that do not count for these means (joined)"""
     largest: Truth = True
     """whether a large value means keep"""
 
@@ -56,11 +68,11 @@ class Score(Step):
         rows = ("attention_received",)
         users = {"queries": rows, "heads": rows, "reduce": rows, "to": ("cosine",), "p": ("norm",), "seed": ("random",)}
         users |= {"smooth": rows, "pool": rows, "shared": rows, "accumulate": rows}
+        users |= dict.fromkeys(("scores", "join", "align", "recent"), ("joined",))
         refuses(self, {**users, "of": ("norm", "cosine", "random")}, self.by)
         if (self.at is None) == (self.of is None):
             raise wrong("a score needs one of 'at' and 'of'", "at: the address, or of: the name of a tap")
-        if self.by == "cosine":
-            needs(self, ("to",), self.by)
+        needs(self, {"cosine": ("to",), "joined": ("scores",)}.get(self.by, ()), self.by)
         if self.at is not None and self.of_caches:
             self._check_cache()
         elif self.at is not None:
@@ -75,6 +87,12 @@ class Score(Step):
         """Whether keys of caches are scored."""
         return self.at is not None and self.address.part == "cache"
 
+    @property
+    def voters(self) -> str | None:
+        """The insert step whose queries count; None for the text's own."""
+        own = has_expression(self.queries) or ":" in self.queries or self.queries in QUERIES
+        return None if own else self.queries
+
     def _check_cache(self) -> None:
         if self.address.stack != "decoder":
             raise wrong(f"'{self.at}' is no cache", "caches of the decoder: decoder.*.cache")
@@ -86,8 +104,10 @@ class Score(Step):
             raise wrong(f"'smooth: {self.smooth}' has no middle", "an odd number")
 
     def _check_not_cache(self) -> None:
-        if self.by == "recency":
-            raise wrong("'by: recency' scores keys of caches", "at: decoder.*.cache")
+        if self.by in ("recency", "joined"):
+            raise wrong(f"'by: {self.by}' scores keys of caches", "at: decoder.*.cache")
+        if self.voters is not None:
+            raise wrong(f"'queries: {self.voters}' counts at a cache", f"at: decoder.*.cache, or {', '.join(QUERIES)}")
         given = [name for name in ("smooth", "pool", "shared", "accumulate") if name in self.model_fields_set]
         if given or self.reduce == "seen":
             raise wrong(f"'{(given or ['reduce: seen'])[0]}' belongs to scores of caches", "at: decoder.*.cache")
