@@ -73,7 +73,7 @@ def compile(
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
     verbs = {step.verb for instance in parsed for step in instance.rule.steps}
-    carries = verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
+    carries = verbs & {"place", "rotate", "route"} or ("evict" in verbs and verbs & {"drop", "merge"})
     if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
     return model

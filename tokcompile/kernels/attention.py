@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
+from .seen_keys import reference as seen
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float, is_causal: bool) -> Tensor:
@@ -26,11 +26,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale:
     Returns:
         [B, H, Tq, D], dtype of query.
     """
-    queries, keys = query.shape[-2], key.shape[-2]
-    mask = F.pad(padding.to(torch.bool), (0, keys), value=True)[:, None, None, :keys]
-    if is_causal:
-        place = torch.arange(queries, device=query.device) + (keys - queries)
-        mask = mask & (torch.arange(keys, device=query.device)[None, :] <= place[:, None])
+    mask = seen(padding, query, key, is_causal)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (_repeat(x, groups) for x in (key, value))

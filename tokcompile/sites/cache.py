@@ -13,7 +13,7 @@ from tokcompile.sites.block import Block
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten.expand.default,
@@ -83,7 +83,7 @@ def _is_latent(node: Node) -> bool:
 
 
 def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
-    while node.target in _VIEWS and node not in outputs:
+    while node.target in VIEWS and node not in outputs:
         node = node.args[0]
     past = None
     if node.target is aten.cat.default:
@@ -121,7 +121,7 @@ def key_heads(block: Block) -> int:
     node = block.attention.key
     shape = node.meta["val"].shape
     heads = shape[1]
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
         now = node.meta["val"].shape
         if len(now) == 4 and set(now[-2:]) == set(shape[-2:]):
@@ -130,6 +130,6 @@ def key_heads(block: Block) -> int:
 
 
 def _source(node: Node) -> Node:
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
     return node
