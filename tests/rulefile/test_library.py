@@ -36,6 +36,8 @@ OTHER = {
     "knorm": {"budget": 99},
     "keydiff": {"budget": 99},
     "random_kv": {"budget": 99},
+    "tokenselect": {"middle": 99, "positions": "keep", "reuse": 0.9},
+    "fasa": {"budget": 99, "pairs": 8, "per": "query_head"},
 }
 """Options of rules that have no `keep`."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}

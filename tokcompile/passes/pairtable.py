@@ -25,7 +25,7 @@ TABLE = "pairs"
 class ByPairs(Chooser):
     """Keys are scored by the part of their logits that some pairs make.
 
-    FASA (2026), section 3. Which pairs these are stands in a table among the rule's weights, which `calibration` makes.
+    FASA (2026), section 3. Which pairs these are stands in a table among the rule's weights: `tokcompile.calibrate`.
     """
 
     def __init__(self, ctx: Context, step: Route, blocks: Sequence[Block]) -> None:
@@ -83,7 +83,7 @@ class ByPairs(Chooser):
 
     @property
     def _remedy(self) -> str:
-        return f"tokred calibrate MODEL {self.ctx.editor.rule} --out FILE.safetensors, and weights=FILE.safetensors"
+        return f"tokred calibrate MODEL --rule {self.ctx.editor.rule} --out FILE, then weights=FILE (.safetensors)"
 
     def _missing(self) -> Tensor:
         raise RuleError(

@@ -18,7 +18,7 @@ from tokcompile.passes.votes import ByVotes
 from tokcompile.program import place
 from tokcompile.sites import Block, resolve_caches, window_of
 from tokcompile.sites.attention import Attention, softmax_of
-from tokcompile.sites.cache import VIEWS, Cache
+from tokcompile.sites.cache import Cache, unrepeated
 from tokcompile.steps import Drop, Evict, Insert, Mark, Merge, Place, Route
 
 aten = torch.ops.aten
@@ -125,22 +125,13 @@ def _weights_are_read(ctx: Context, site: Attention) -> bool:
 
 def _held(ctx: Context, site: Attention, cache: Cache) -> tuple[Node, Node]:
     """Keys and values [B, Hkv, N, D] before they are repeated for heads of queries, where that is plain to see."""
-    key, value = _unrepeated(site.key, cache.key), _unrepeated(site.value, cache.value)
+    key, value = unrepeated(site.key, cache.key), unrepeated(site.value, cache.value)
     if key is not None and value is not None:
         return key, value
     if not site.key_transposed:
         return site.key, site.value
     with ctx.editor.before(site.node):
         return ctx.editor.call(aten.transpose.int, site.key, -2, -1), site.value
-
-
-def _unrepeated(node: Node, goal: Node) -> Node | None:
-    """The goal, when a value is it with each of its heads repeated in place; None for any other way there."""
-    while node is not goal:
-        if node.target not in VIEWS or (node.target is aten.unsqueeze.default and node.args[1] % 5 != 2):
-            return None
-        node = node.args[0]
-    return node if node.meta["val"].ndim == 4 else None
 
 
 def _rewrite(ctx: Context, step: Route, chooser: Chooser, index: int, block: Block, cache: Cache) -> str:

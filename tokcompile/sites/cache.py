@@ -129,6 +129,15 @@ def key_heads(block: Block) -> int:
     return heads
 
 
+def unrepeated(node: Node, goal: Node) -> Node | None:
+    """The goal [B, Hkv, T, D], when a value is it with each head repeated in place; None for any other way there."""
+    while node is not goal:
+        if node.target not in VIEWS or (node.target is aten.unsqueeze.default and node.args[1] % 5 != 2):
+            return None
+        node = node.args[0]
+    return node if node.meta["val"].ndim == 4 else None
+
+
 def _source(node: Node) -> Node:
     while node.target in VIEWS:
         node = node.args[0]
