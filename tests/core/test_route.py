@@ -104,7 +104,7 @@ LAYOUTS = {
 """Whether pairs are side by side, and which part of a head is turned."""
 
 
-@pytest.mark.parametrize("name", ["glm", *(pytest.param(n, marks=slow) for n in LAYOUTS if n != "glm")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow) for n in LAYOUTS])
 def test_other_layouts_of_rotations(name: str) -> None:
     """Pairs side by side, and rotations of a part of each head."""
     neighbours, part = LAYOUTS[name]
@@ -152,7 +152,7 @@ def test_short_texts_are_attended_to_whole() -> None:
     """N <= first + middle + last: full causal attention, to the bit where the length is known, near where it is not."""
     model = build("llama")
     inputs = example(model)
-    plain = model.generate(**inputs, **greedy(STEPS))
+    plain = model.generate(**inputs, **greedy(STEPS), suppress_tokens=[fleet.IMAGE])
     logits, tokens = generated(model, inputs, **options(middle=99))
     assert torch.equal(tokens, plain.sequences[:, -STEPS:-1])
     expected = torch.stack(plain.logits, 1)
@@ -173,14 +173,15 @@ def test_prompts_are_the_models_own() -> None:
     assert "later steps choose keys" in pruned.report.graphs[0][0].steps[0]["note"]
 
 
-@pytest.mark.parametrize("target", [pytest.param("eager", marks=slow), "inductor"])
+@slow
+@pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_plain_compile_generates_the_same(target: str) -> None:
     model = build("llama")
     inputs = example(model, 2, (0, 3))
     expected, tokens = generated(model, inputs, **options())
     torch._dynamo.reset()
     model.compile(backend="tokred", options={**options(), "target": target})
-    got = model.generate(**inputs, **greedy(STEPS))
+    got = model.generate(**inputs, **greedy(STEPS), suppress_tokens=[fleet.IMAGE])
     assert torch.equal(got.sequences[:, -STEPS:-1], tokens)
     assert difference(torch.stack(got.logits, 1), expected) <= 2e-5
     lengths = {layer.keys.shape[2] for layer in got.past_key_values.layers}
@@ -298,7 +299,7 @@ def test_blocks_with_windows_stay_beside_those_that_choose() -> None:
     model = fleet.build("gemma2", attention="eager")
     inputs = example(model, 2, ())
     logits, tokens = generated(model, inputs, **options(middle=99))
-    plain = model.generate(**inputs, **greedy(STEPS))
+    plain = model.generate(**inputs, **greedy(STEPS), suppress_tokens=[fleet.IMAGE])
     assert difference(logits, torch.stack(plain.logits, 1)) <= 1e-5
     fewer, _ = generated(model, inputs, **options())
     assert difference(fewer, logits) > 1e-3
