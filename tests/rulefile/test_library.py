@@ -36,6 +36,9 @@ OTHER = {
     "knorm": {"budget": 99},
     "keydiff": {"budget": 99},
     "random_kv": {"budget": 99},
+    "streamingllm": {"budget": 99, "sinks": 2},
+    "tova": {"budget": 99},
+    "treekv": {"budget": 99, "recent": 20, "shared": True},
     "tokenselect": {"middle": 99, "positions": "keep", "reuse": 0.9},
     "fasa": {"budget": 99, "pairs": 8, "per": "query_head"},
 }

@@ -38,6 +38,7 @@ if __name__ == "tokcompile.kernels":
     from .key_attention import key_attention
     from .key_cosine import key_cosine
     from .key_positions import key_positions
+    from .key_viewers import key_viewers
     from .key_votes import key_votes
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
@@ -54,6 +55,7 @@ if __name__ == "tokcompile.kernels":
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
     from .pair_scores import pair_scores
+    from .pairwise_keys import pairwise_keys
     from .phase_scan import phase_scan
     from .pool_matrix import pool_matrix
     from .random_keys import random_keys
@@ -78,6 +80,7 @@ if __name__ == "tokcompile.kernels":
     from .transport_cost_over_time import transport_cost_over_time
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
+    from .turn_keys import turn_keys
     from .turn_pairs import turn_pairs
     from .variable_positions import variable_positions
     from .window_topk_mask import window_topk_mask
@@ -114,6 +117,7 @@ __all__ = [
     "keep_keys",
     "kept_indices",
     "key_attention",
+    "key_viewers",
     "key_cosine",
     "key_positions",
     "key_votes",
@@ -133,6 +137,7 @@ __all__ = [
     "nearest_tokens",
     "original_places",
     "pair_scores",
+    "pairwise_keys",
     "phase_scan",
     "pool_matrix",
     "random_keys",
@@ -159,6 +164,7 @@ __all__ = [
     "transport_plan",
     "transport_weights",
     "turn_pairs",
+    "turn_keys",
     "variable_positions",
     "window_topk_mask",
 ]
