@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
+from .attention import seen_keys as seen
 
 
 def reference(padding: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
@@ -21,12 +20,7 @@ def reference(padding: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> T
     Returns:
         bool [B, 1, Tq or 1, N]: True is seen; 1 row where all queries see the same.
     """
-    queries, keys = query.shape[-2], key.shape[-2]
-    mask = F.pad(padding.to(torch.bool), (0, keys), value=True)[:, None, None, :keys]
-    if is_causal:
-        place = torch.arange(queries, device=query.device) + (keys - queries)
-        mask = mask & (torch.arange(keys, device=query.device)[None, :] <= place[:, None])
-    return mask
+    return seen(padding, query.shape[-2], key.shape[-2], is_causal)
 
 
 seen_keys = _library.define("seen_keys(Tensor padding, Tensor query, Tensor key, bool is_causal) -> Tensor", reference)

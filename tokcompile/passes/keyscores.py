@@ -20,8 +20,8 @@ from tokcompile.passes.keystate import (
     told_of_keys,
 )
 from tokcompile.program import place as node_place
-from tokcompile.sites import Block, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache, unturned
+from tokcompile.sites import Block, resolve_blocks, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache, handed_back, unturned
 from tokcompile.steps import Score
 
 aten = torch.ops.aten
@@ -78,6 +78,7 @@ def score_keys(ctx: Context, step: Score) -> None:
             windowed.append(index)
             continue
         made[index] = _scored(ctx, step, index, block, cache)
+    windowed = sorted({*windowed, *_bounded(ctx, step)})
     if windowed and not made:
         raise EditError(
             "no cache can be shortened: every block attends in a window, which bounds its cache as it is",
@@ -92,6 +93,26 @@ def score_keys(ctx: Context, step: Score) -> None:
     if not made:
         record["note"] = "this call keeps no keys and values: there is nothing to score or to evict"
     ctx.log.append(record)
+
+
+def _bounded(ctx: Context, step: Score) -> list[int]:
+    """Blocks that hand back the keys of their window alone, of a prompt that is longer.
+
+    Raises:
+        EditError: a block without a window hands back a part of its keys.
+    """
+    outputs, found = ctx.program.output.all_input_nodes, []
+    for index, block in resolve_blocks(ctx.sites, step.at):
+        part = [] if block in ctx.sites.caches else handed_back(block, ctx.sites.reach, outputs)
+        if part and window_of(block.attention, ctx.sites.reach) is None:
+            raise EditError(
+                "the cache that this block hands back is not all of its keys and values",
+                where=[f"decoder.{index}.cache"],
+                found=str(tuple(part[0].meta["val"].shape)),
+                remedy="load the model with a DynamicCache",
+            )
+        found += [index] if part else []
+    return found
 
 
 def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:
