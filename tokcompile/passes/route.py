@@ -16,9 +16,9 @@ from tokcompile.passes.pairtable import ByPairs
 from tokcompile.passes.routing import Chooser, Routed
 from tokcompile.passes.votes import ByVotes
 from tokcompile.program import place
-from tokcompile.sites import Block, resolve_caches, window_of
+from tokcompile.sites import Block, resolve_blocks, resolve_caches, window_of
 from tokcompile.sites.attention import Attention, softmax_of
-from tokcompile.sites.cache import Cache, unrepeated
+from tokcompile.sites.cache import Cache, handed_back, unrepeated
 from tokcompile.steps import Drop, Evict, Insert, Mark, Merge, Place, Route
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def route(ctx: Context, step: Route) -> None:
     found, windowed = _blocks(ctx, step)
     record: dict[str, object] = {"verb": "route", "at": step.at, "by": step.by, "blocks": len(found)}
     if windowed:
-        record["windows"] = windowed
+        record["windows"] = sorted(windowed)
     ctx.log.append(record)
     chooser = METHODS[step.by](ctx, step, [block for _, block, _ in found])
     if ctx.sites.phase == "prefill":
@@ -77,7 +77,10 @@ def route(ctx: Context, step: Route) -> None:
 
 def _blocks(ctx: Context, step: Route) -> tuple[list[tuple[int, Block, Cache]], list[int]]:
     """The blocks with caches of their own text, and the numbers of those that attend in a window."""
-    found, windowed = [], []
+    outputs, found = ctx.program.output.all_input_nodes, []
+    # A window that is shorter than its prompt hands back a part of its keys, which is no cache to choose from.
+    blocks = [(i, b) for i, b in resolve_blocks(ctx.sites, step.at) if b not in ctx.sites.caches]
+    windowed = [i for i, b in blocks if handed_back(b, ctx.sites.reach, outputs)]
     for index, block, cache in resolve_caches(ctx.sites, step.at):
         if not ctx.sites.reach.above(block.input, block.attention.key):
             continue
@@ -90,7 +93,7 @@ def _blocks(ctx: Context, step: Route) -> tuple[list[tuple[int, Block, Cache]], 
         raise EditError(
             "no attention can choose among keys: every block attends in a window",
             where=[step.at],
-            found=f"windows in blocks {', '.join(map(str, windowed))}",
+            found=f"windows in blocks {', '.join(map(str, sorted(windowed)))}",
             remedy="use the rule on a model whose attention sees all keys",
         )
     return found, windowed
