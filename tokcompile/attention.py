@@ -101,7 +101,7 @@ def _attend(
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = seen_keys(attention_mask, query.shape[2], key.shape[2], causal)
+            attention_mask = seen_keys(attention_mask, queries, keys, causal)
     if attention_mask is not None and attention_mask.dim() == 2:
         out = torch.ops.tokred.attention(query, key, value, attention_mask, scale, causal)
         return out.transpose(1, 2).contiguous(), None

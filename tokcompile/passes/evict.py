@@ -33,8 +33,8 @@ def evict(ctx: Context, step: Evict) -> None:
         _only_tell(ctx, step, selection)
         return
     blocks = ctx.sites.stacks["decoder"].blocks
-    places = _places(ctx, step, selection)
     _check_biases(ctx, [blocks[index] for index in selection.blocks])
+    places = _places(ctx, step, selection)
     outputs = list(ctx.program.output.all_input_nodes)
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
     for index, chosen in selection.blocks.items():
