@@ -66,7 +66,7 @@ def test_check_says_what_is_odd(tmp_path: Path) -> None:
 
 def test_an_error_goes_to_stderr_and_exits_with_1(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("rule: mine\nabout: x\nsteps:\n  - route: {}\n")
+    path.write_text("rule: mine\nabout: x\nsteps:\n  - draft: {}\n")
     result = RUN.invoke(app, ["check", str(path)])
     assert result.exit_code == 1
     assert result.stdout == ""

@@ -1,6 +1,7 @@
 """tokcompile: a compiler for token reduction in unmodified transformers."""
 
 from tokcompile.api import compile, export, restore, rewrite
+from tokcompile.calibration import calibrate
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.imagesizes import precompute
 from tokcompile.recording import Recording
@@ -17,6 +18,7 @@ __all__ = [
     "RuleError",
     "TokredError",
     "Weights",
+    "calibrate",
     "compile",
     "export",
     "precompute",

@@ -23,8 +23,8 @@ from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
 _WEIGHTS = "tokred"
-_COUNTED = {"drop", "merge", "mark", "insert", "evict", "place", "rotate"}
-"""Verbs after whose prompt a cache alone does not say how many tokens there were, or where they stood."""
+_COUNTED = {"drop", "merge", "mark", "insert", "evict", "place", "rotate", "route"}
+"""Verbs after whose prompt a cache alone does not say how many there were, where they stood, or which were read."""
 
 
 def compile(

@@ -243,6 +243,35 @@ def lint(
         print_page(lintpages.render(found, is_plain()))
 
 
+@app.command()
+@shows_errors
+def calibrate(
+    model: Model,
+    options: Options = None,
+    rule: Annotated[str, typer.Option(help="Rule that reads the table, by name or path.")] = ...,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the table goes, a .safetensors file.")] = ...,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text that the model reads.")] = None,
+    samples: Annotated[int, typer.Option(help="Pieces of the text.", min=1)] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of each piece.", min=2)] = 4096,
+    keys: Annotated[int, typer.Option(help="Keys of a query that are compared.", min=1)] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Find the pairs of each head of a model that rank its keys, and write them for a rule that routes by them."""
+    with waiting(f"reading with {model}"):
+        from tokcompile import calibration, modelsource
+
+        loaded, batches = modelsource.samples(model, text, samples, length)
+        words = key_values(options or [])
+        weights = calibration.calibrate(loaded, batches, rule, keys=keys, **words)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights.save(out)
+    tables = {name: list(value.shape) for name, value in weights.state_dict().items()}
+    if as_json:
+        print_json({"ok": True, "path": str(out), "tables": tables})
+    else:
+        typer.echo(f"wrote {out}: {', '.join(f'{name} {shape}' for name, shape in tables.items())}")
+
+
 def key_values(words: list[str]) -> dict[str, Any]:
     """Read `key=value` words; values as YAML has them, so that 64, 0.5 and 1/3 mean what they mean in a rule file."""
     found: dict[str, Any] = {}

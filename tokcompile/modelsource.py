@@ -248,3 +248,49 @@ def runnable(source: Source) -> Source:
             remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)",
         )
     return from_config(source.model.config, source.name, _rows(source), weights=True)
+
+
+def samples(name: str, text: Path | None, count: int, length: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """Build a model with its weights, and batches of one row each of what it is to read.
+
+    Args:
+        name: a Hugging Face folder or id, which needs a text; or zoo:NAME, which has no tokenizer and reads random
+            tokens.
+        text: a file; its tokens are cut into pieces, evenly spread.
+        count, length: how many pieces of how many tokens.
+
+    Raises:
+        RuleError: there is no such model, no text, one of fewer tokens, or one where there is no tokenizer.
+    """
+    if name.startswith(ZOO):
+        if text is not None:
+            raise RuleError(f"'{name}' has no tokenizer for a text", remedy="leave --text out")
+        model = load_source(name).model
+        config = model.config.get_text_config()
+        rng = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, config.vocab_size, (count, 1, length), generator=rng)
+        return model, [_text(row) for row in rows]
+    if text is None:
+        raise RuleError(f"'{name}' needs a text to read", remedy="--text FILE, of the kind that the model is used on")
+    return _reader(name, text, count, length)
+
+
+def _reader(name: str, text: Path, count: int, length: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        words = text.read_text(encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+    except Exception as error:  # whatever the hub, a proxy or a broken file raises
+        raise RuleError(
+            f"model '{name}' cannot be loaded to read '{text}'",
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="a folder or an id with weights and a tokenizer, and a file of UTF-8 text",
+        ) from error
+    ids = tokenizer(words, return_tensors="pt")["input_ids"][0]
+    if len(ids) < length:
+        raise RuleError(f"'{text}' is too short", found=f"{len(ids)} tokens", remedy=f"--length {len(ids)} or less")
+    last = len(ids) - length
+    starts = [last * i // max(count - 1, 1) for i in range(count)]
+    return model, [_text(ids[None, start : start + length]) for start in dict.fromkeys(starts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
@@ -19,12 +19,13 @@ from tokcompile.errors import CaptureError, EditError, TokredError
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.passes.keyranks import PLACES, read_by_rank
+from tokcompile.passes.route import check_routes
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.cache import first_shortened
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
-from tokcompile.steps import Evict, Layer, Place, Rotate, Score, Select, Step
+from tokcompile.steps import Evict, Layer, Place, Rotate, Route, Score, Select, Step
 from tokcompile.verify import verify
 
 
@@ -40,6 +41,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         TokredError: with the rule file and line, and the place in the model.
     """
     dump(program, "captured")
+    check_routes(rules)
     done: list[Applied] = []
     sites = find_sites(program)
     phase = sites.phase
@@ -58,8 +60,10 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         adapt_decode(program, rules, known, done)
         shortened = any(step.verb in ("drop", "merge", "evict") for instance in rules for step in instance.rule.steps)
         for instance, applied in zip(rules, done, strict=True):
-            _turn_decode(program, instance, known, applied, shortened)
+            _turn_decode(program, instance, _goes_on, known, applied, shortened)
             _evict_again(program, instance, known, applied)
+        for instance, applied in zip(rules, done, strict=True):  # keys are chosen by what all rules make of them
+            _turn_decode(program, instance, _routes, known, applied, shortened)
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -120,10 +124,15 @@ def _check_order(program: Program, step: Step) -> None:
 
 
 def _turn_decode(
-    program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied, shortened: bool
+    program: Program,
+    instance: RuleInstance,
+    goes_on: Callable[[Step], bool],
+    known: dict[str, int],
+    applied: Applied,
+    shortened: bool,
 ) -> None:
-    """Give the tokens of a later step the positions, rotations and layers that a rule gave to those of the prompt."""
-    steps = [step for step in instance.rule.steps if _goes_on(step)]
+    """Carry out those steps of a rule that have something to do in each later step."""
+    steps = [step for step in instance.rule.steps if goes_on(step)]
     if not steps:
         return
     editor = Editor(program, instance.name, applied.counts)
@@ -169,6 +178,10 @@ def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int]
 def _goes_on(step: Step) -> bool:
     """Whether a step has something to do after a prompt: layers of inserted tokens have not, none is inserted there."""
     return isinstance(step, Place | Rotate) or (isinstance(step, Layer) and step.by != "attention")
+
+
+def _routes(step: Step) -> bool:
+    return isinstance(step, Route)
 
 
 def _patches(program: Program, sites: Sites, others: int) -> int | None:

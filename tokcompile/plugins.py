@@ -17,6 +17,7 @@ BUILT_IN = {
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens", "likeness"),
     "layer": ("attention", "gated"),
     "place": ("variable", "compact", "per_image", "slots"),
+    "route": ("votes", "frequencies"),
     "rotate": ("base", "content", "digits"),
 }
 

@@ -37,7 +37,8 @@ class Weights(nn.Module):
         held = self._modules[rule]
         assert isinstance(held, nn.ParameterDict)
         if name not in held:
-            held[name] = nn.Parameter(make())
+            value = make()
+            held[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
         if tuple(held[name].shape) != tuple(shape):
             raise RuleError(
                 f"the parameter '{name}' of rule '{rule}' does not fit this model",

@@ -125,6 +125,59 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         ),
         lambda *tensors: ops.merge_keys(*tensors, True),
     ),
+    "mean_query": (lambda b: (floats(b, 4, 3, 8), bools(b, 12)), lambda q, valid: ops.mean_query(q, valid)),
+    "turn_pairs": (
+        lambda b: (
+            floats(b, 2, 12, 8),
+            torch.arange(12 * b).view(b, 12),
+            torch.arange(12 * b).view(b, 12) % 7,
+            torch.tensor([[1.0, 0.3, 0.01]]).repeat(b, 1),
+        ),
+        lambda x, here, there, frequencies: ops.turn_pairs(x, here, there, frequencies, 1, False),
+    ),
+    "key_votes": (
+        lambda b: (floats(b, 4, 8), floats(b, 2, 12, 8), bools(b, 12)),
+        lambda q, k, valid: ops.key_votes(q, k, valid, 1, 2),
+    ),
+    "pair_scores": (
+        lambda b: (
+            floats(b, 4, 8),
+            floats(b, 2, 12, 8),
+            torch.tensor([[[0, 2], [1, 2]]]).repeat(b, 1, 1),
+            bools(b, 12),
+        ),
+        lambda q, k, chosen, valid: ops.pair_scores(q, k, chosen, valid, 1, 3, True),
+    ),
+    "key_positions": (
+        lambda b: (bools(b, 12).cumsum(1)[:, -3:] - 1, bools(b, 12), floats(b, 2, 12, 8)),
+        lambda positions, valid, k: ops.key_positions(positions, valid, k),
+    ),
+    "seen_keys": (
+        lambda b: (bools(b, 10), floats(b, 4, 3, 8), floats(b, 2, 12, 8)),
+        lambda padding, q, k: ops.seen_keys(padding, q, k, True),
+    ),
+    "real_keys": (
+        lambda b: (bools(b, 1, 3, 12), floats(b, 2, 12, 8)),
+        lambda mask, k: ops.real_keys(mask, k),
+    ),
+    "gather_mask": (
+        lambda b: (bools(b, 1, 3, 12), torch.arange(10 * b).view(b, 2, 5) % 12),
+        lambda mask, index: ops.gather_mask(mask, index),
+    ),
+    "attend": (
+        lambda b: (
+            floats(b, 4, 3, 8),
+            floats(b, 2, 5, 8),
+            floats(b, 2, 5, 6),
+            bools(b, 1, 3, 5) | (torch.arange(5) == 4),
+        ),
+        lambda q, k, v, mask: ops.attend(q, k, v, mask, 0.3, 5.0, None),
+    ),
+    "alike": (lambda b: (floats(b, 8), floats(b, 8).flip(1)), lambda one, other: ops.alike(one, other, 0.1)),
+    "reuse_keys": (
+        lambda b: (torch.arange(6 * b).view(b, 1, 6), torch.arange(8 * b).view(b, 1, 8), bools(b, 3)[:, 0]),
+        lambda held, new, again: ops.reuse_keys(held, new, again, 3),
+    ),
     "inserted_source": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.inserted_source(fresh, like, None)),
     "original_places": (lambda b: (slots(b), floats(b, 4)), lambda fresh, like: ops.original_places(fresh, like)),
     "end_places": (

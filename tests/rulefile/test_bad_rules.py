@@ -30,7 +30,7 @@ BAD = {
     "unknown key of a step": ("keep: wide", "keep: wide, position: keep", 12, "'position'", "'positions'"),
     "unknown key of a parameter": ("min: 1", "minimum: 1", 5, "'minimum'", "known:"),
     "unknown verb": ("- select: {name: wide", "- selct: {name: wide", 11, "no verb 'selct'", "did you mean 'select'"),
-    "verb of a later version": ("- drop", "- route", 12, "'route' is not available", "tap, score, select, drop"),
+    "verb of a later version": ("- drop", "- draft", 12, "'draft' is not available", "tap, score, select, drop"),
     "two verbs in a step": (
         '  - drop: {at: "decoder.${layer}.input", keep: wide}', "  - drop: {}\n    tap: {}", 12, "one verb", "-",
     ),

@@ -41,6 +41,8 @@ OTHER = {
     "streamingllm": {"budget": 99, "sinks": 2},
     "tova": {"budget": 99},
     "treekv": {"budget": 99, "recent": 20, "shared": True},
+    "tokenselect": {"middle": 99, "positions": "keep", "reuse": 0.9},
+    "fasa": {"budget": 99, "pairs": 8, "per": "query_head"},
 }
 """Options of rules that have no `keep`."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}

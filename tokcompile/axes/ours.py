@@ -195,6 +195,55 @@ def joined_scores(ctx: Context, node: Node) -> Dims:
     return list(ctx.of(first))
 
 
+def mean_query(ctx: Context, node: Node) -> Dims:
+    """tokred::mean_query: one query for each head."""
+    rows, heads, _, width = ctx.of(node.args[0])
+    return [rows, heads, width]
+
+
+def scored_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::key_votes and pair_scores: one number per key and choosing head."""
+    key = ctx.of(node.args[1])
+    return [key[0], fresh(shape(node)[1]), key[2]]
+
+
+def seen_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::seen_keys: queries by keys, where queries see different keys."""
+    query, key = ctx.of(node.args[1]), ctx.of(node.args[2])
+    rows = query[2] if same(product(query[2]), shape(node)[2]) else ()
+    return [query[0], (), rows, key[2]]
+
+
+def real_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::real_keys: rows and keys."""
+    key = ctx.of(node.args[1])
+    return [key[0], key[2]]
+
+
+def key_positions(ctx: Context, node: Node) -> Dims:
+    """tokred::key_positions: rows and keys."""
+    key = ctx.of(node.args[2])
+    return [key[0], key[2]]
+
+
+def gathered_mask(ctx: Context, node: Node) -> Dims:
+    """tokred::gather_mask: queries by chosen keys."""
+    mask, index = ctx.of(node.args[0]), ctx.of(node.args[1])
+    rows = mask[-2] if len(mask) > 1 else ()
+    return [index[0], fresh(shape(node)[1]), rows, index[2]]
+
+
+def attend(ctx: Context, node: Node) -> Dims:
+    """tokred::attend: queries as they were, as wide as the values."""
+    query, value = ctx.of(node.args[0]), ctx.of(node.args[2])
+    return [*query[:-1], value[-1]]
+
+
+def reused_keys(ctx: Context, node: Node) -> Dims:
+    """tokred::reuse_keys: as many keys as the new choice has."""
+    return ctx.of(node.args[1])
+
+
 def leading(count: int) -> Callable[[Context, Node], Dims]:
     """Operators that keep only the first dimensions of their first argument."""
     return lambda ctx, node: list(ctx.of(node.args[0])[:count])
@@ -245,6 +294,17 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "assign_keys": leading(3),
     "merge_keys": gathered_keys,
     "turn_keys": like_first,
+    "mean_query": mean_query,
+    "turn_pairs": like_first,
+    "key_votes": scored_keys,
+    "pair_scores": scored_keys,
+    "seen_keys": seen_keys,
+    "real_keys": real_keys,
+    "key_positions": key_positions,
+    "gather_mask": gathered_mask,
+    "attend": attend,
+    "alike": leading(1),
+    "reuse_keys": reused_keys,
     "topk_mask": pointwise,
     "dilate": like_first,
     "dilate_by_width": like_first,

@@ -7,7 +7,9 @@ if __name__ == "tokcompile.kernels":
     # repository is on the path: nothing is registered then.
     from ._library import define, names, reference_of
     from .add_tokens import add_tokens
+    from .alike import alike
     from .assign_keys import assign_keys
+    from .attend import attend
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -26,6 +28,7 @@ if __name__ == "tokcompile.kernels":
     from .first_members import first_members
     from .flagged_tokens import flagged_tokens
     from .gather_keys import gather_keys
+    from .gather_mask import gather_mask
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .image_starts import image_starts
@@ -37,7 +40,9 @@ if __name__ == "tokcompile.kernels":
     from .kept_indices import kept_indices
     from .key_attention import key_attention
     from .key_cosine import key_cosine
+    from .key_positions import key_positions
     from .key_viewers import key_viewers
+    from .key_votes import key_votes
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .long_runs import long_runs
@@ -45,6 +50,7 @@ if __name__ == "tokcompile.kernels":
     from .mark_tokens import mark_tokens
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
+    from .mean_query import mean_query
     from .merge_clips import merge_clips
     from .merge_keys import merge_keys
     from .merge_pairs import merge_pairs
@@ -52,11 +58,15 @@ if __name__ == "tokcompile.kernels":
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
+    from .pair_scores import pair_scores
     from .pairwise_keys import pairwise_keys
     from .phase_scan import phase_scan
     from .pool_matrix import pool_matrix
     from .random_keys import random_keys
     from .random_scores import random_scores
+    from .real_keys import real_keys
+    from .reuse_keys import reuse_keys
+    from .seen_keys import seen_keys
     from .slot_means import slot_means
     from .slot_positions import slot_positions
     from .slot_source import slot_source
@@ -75,13 +85,16 @@ if __name__ == "tokcompile.kernels":
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
     from .turn_keys import turn_keys
+    from .turn_pairs import turn_pairs
     from .unturn_keys import unturn_keys
     from .variable_positions import variable_positions
     from .window_topk_mask import window_topk_mask
 
 __all__ = [
     "add_tokens",
+    "alike",
     "assign_keys",
+    "attend",
     "attention",
     "attention_received",
     "attention_row",
@@ -101,6 +114,7 @@ __all__ = [
     "first_members",
     "flagged_tokens",
     "gather_keys",
+    "gather_mask",
     "gather_tokens",
     "held_slots",
     "image_starts",
@@ -113,6 +127,8 @@ __all__ = [
     "key_attention",
     "key_viewers",
     "key_cosine",
+    "key_positions",
+    "key_votes",
     "kmeans_assign",
     "last_valid",
     "long_runs",
@@ -120,6 +136,7 @@ __all__ = [
     "mark_tokens",
     "masked_mean",
     "match_pairs",
+    "mean_query",
     "merge_clips",
     "merge_keys",
     "merge_pairs",
@@ -128,12 +145,16 @@ __all__ = [
     "names",
     "nearest_tokens",
     "original_places",
+    "pair_scores",
     "pairwise_keys",
     "phase_scan",
     "pool_matrix",
     "random_keys",
     "random_scores",
+    "real_keys",
     "reference_of",
+    "reuse_keys",
+    "seen_keys",
     "slot_means",
     "slot_positions",
     "slot_source",
@@ -151,6 +172,7 @@ __all__ = [
     "transport_cost_over_time",
     "transport_plan",
     "transport_weights",
+    "turn_pairs",
     "turn_keys",
     "unturn_keys",
     "variable_positions",

@@ -47,5 +47,5 @@ def reference(scores: Tensor, valid: Tensor | None, among: Tensor | None, first:
 
 
 keep_keys = _library.define(
-    "keep_keys(Tensor scores, Tensor? valid, Tensor? among, int first, int last, SymInt k) -> Tensor", reference
+    "keep_keys(Tensor scores, Tensor? valid, Tensor? among, int first, SymInt last, SymInt k) -> Tensor", reference
 )

@@ -9,6 +9,7 @@ from tokcompile.passes.mark import mark
 from tokcompile.passes.merge import merge
 from tokcompile.passes.place import place
 from tokcompile.passes.rotate import rotate
+from tokcompile.passes.route import route
 from tokcompile.passes.score import score
 from tokcompile.passes.select import select
 from tokcompile.passes.tap import tap
@@ -25,6 +26,7 @@ PASSES = {
     "place": place,
     "rotate": rotate,
     "evict": evict,
+    "route": route,
 }
 
 __all__ = ["PASSES", "Context", "Scores", "Selection"]

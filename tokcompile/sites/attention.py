@@ -55,7 +55,7 @@ def find_attention(graph: Graph) -> list[Attention]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        site = _fused(node) or _registered(node) or _by_hand(node)
+        site = _fused(node) or _registered(node) or _routed(node) or _by_hand(node)
         if site is not None:
             found.append(site)
     return found
@@ -83,6 +83,14 @@ def _registered(node: Node) -> Attention | None:
         return None
     query, key, value, padding, scale, causal = node.args[:6]
     return Attention(node, query, key, value, padding=padding, scale=float(scale), is_causal=bool(causal))
+
+
+def _routed(node: Node) -> Attention | None:
+    """Attention to keys that an earlier edit chose."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name != "tokred::attend":
+        return None
+    query, key, value, mask, scale, softcap = node.args[:6]
+    return Attention(node, query, key, value, mask=mask, scale=float(scale), softcap=float(softcap), partial=True)
 
 
 def _skip(node: Any) -> Any:

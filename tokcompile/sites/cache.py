@@ -13,7 +13,7 @@ from tokcompile.sites.block import Block
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten.expand.default,
@@ -104,7 +104,7 @@ def unturned(node: Node) -> Node:
 
 
 def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
-    while node.target in (*_VIEWS, TURNED) and node not in outputs:
+    while node.target in (*VIEWS, TURNED) and node not in outputs:
         node = node.args[0]
     past = None
     if node.target is aten.cat.default:
@@ -143,7 +143,7 @@ def key_heads(block: Block) -> int:
     node = block.attention.key
     shape = node.meta["val"].shape
     heads = shape[1]
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
         now = node.meta["val"].shape
         if len(now) == 4 and set(now[-2:]) == set(shape[-2:]):
@@ -151,7 +151,16 @@ def key_heads(block: Block) -> int:
     return heads
 
 
+def unrepeated(node: Node, goal: Node) -> Node | None:
+    """The goal [B, Hkv, T, D], when a value is it with each head repeated in place; None for any other way there."""
+    while node is not goal:
+        if node.target not in VIEWS or (node.target is aten.unsqueeze.default and node.args[1] % 5 != 2):
+            return None
+        node = node.args[0]
+    return node if node.meta["val"].ndim == 4 else None
+
+
 def _source(node: Node) -> Node:
-    while node.target in (*_VIEWS, TURNED):
+    while node.target in (*VIEWS, TURNED):
         node = node.args[0]
     return node

@@ -11,14 +11,15 @@ from tokcompile.steps.mark import Mark
 from tokcompile.steps.merge import Merge
 from tokcompile.steps.place import Place
 from tokcompile.steps.rotate import Rotate
+from tokcompile.steps.route import Route
 from tokcompile.steps.score import QUERIES, REFERENCES, Score
 from tokcompile.steps.select import Select
 from tokcompile.steps.tap import Tap
 
 STEPS: dict[str, type[Step]] = {
-    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Layer, Place, Rotate, Evict)
+    step.verb: step for step in (Tap, Score, Select, Drop, Merge, Mark, Insert, Layer, Place, Rotate, Evict, Route)
 }
-PLANNED = ("route", "draft")
+PLANNED = ("draft",)
 """Verbs that belong to the language and are not carried out by this version."""
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "Place",
     "Rotate",
+    "Route",
     "Score",
     "Select",
     "Step",
