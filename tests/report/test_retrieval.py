@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from tokcompile.rulefile import load_rule, rule_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent.parent
-SMALL: dict[str, Any] = {"texts": 5, "questions": 2, "length": 72, "needles": 3, "batch": 3}
+SMALL: dict[str, Any] = {"texts": 5, "questions": 2, "length": 72, "needles": 8, "batch": 3}
 RULES, BUDGETS = ("random_kv", "snapkv"), ("100%", "25%")
 COUNT = 18
 SCORES: dict[str, tuple[Any, dict[str, int]]] = {
@@ -66,7 +68,7 @@ def test_every_cell_is_there(found: run.Found) -> None:
     assert found.unevicted.kept == (72,) * 3
     assert [c.kept for c in found.cells] == [(72,) * 3, (COUNT,) * 3] * 2
     assert [c.options for c in found.cells] == ["", "", "", "window=9"]
-    assert all(sum(c.after_asked) == 5 * 3 and sum(c.before_asked) == 5 * 2 for c in found.cells)
+    assert all(sum(c.after_asked) == 5 * 8 and sum(c.before_asked) == 5 * 2 for c in found.cells)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -97,7 +99,7 @@ class ByHand:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_cell_is_the_run_by_hand(rule: str, found: run.Found, model: nn.Module) -> None:
-    texts = retrieval.texts("test", 5, 70, 3, run.SEED, more=18)
+    texts = retrieval.texts("test", 5, 70, 8, run.SEED, more=18)
     cell = cell_of(found, rule, "25%")
     depth = texts.places * 5 // 70
     after, before, asked = [0] * 5, [0] * 5, [0] * 5
@@ -106,7 +108,7 @@ def test_a_cell_is_the_run_by_hand(rule: str, found: run.Found, model: nn.Module
     loss = F.cross_entropy(hand.logits(words)[:, :-1].transpose(1, 2), words[:, 1:], reduction="none").mean(1)
     assert cell.loss == pytest.approx(float(loss.mean()), abs=1e-4)
     assert cell.loss_error == pytest.approx(float(loss.std()) / 5**0.5, abs=1e-4)
-    for needle in range(3):
+    for needle in range(8):
         question = torch.stack([torch.full((5,), retrieval.ASK), texts.keys[:, needle]], 1)
         told = hand.logits(torch.cat([question, texts.values[:, needle, :1]], 1))[:, 1:].argmax(-1)
         behind = ByHand(rule, model, torch.cat([texts.input_ids, question], 1))
@@ -114,7 +116,7 @@ def test_a_cell_is_the_run_by_hand(rule: str, found: run.Found, model: nn.Module
         for row in range(5):
             band = int(depth[row, needle])
             after[band] += int(torch.equal(told[row], texts.values[row, needle]))
-            if needle in (row % 3, (row + 1) % 3):
+            if needle in (row, (row + 4) % 8):
                 both = torch.stack([behind.next[row], second[row]])
                 before[band] += int(torch.equal(both, texts.values[row, needle]))
                 asked[band] += 1
@@ -154,7 +156,7 @@ def test_what_a_cell_depends_on(
     changes = [{"texts": 4}, {"questions": 1}, {"length": 80}, {"needles": 2}, {"seed": 1}, {"target": "aot_eager"}]
     assert [found_in(folder, **change).computed for change in changes] == [5] * len(changes)
     assert found_in(folder, budgets=("18", "25%")).computed == 2, "18 keys are written otherwise than 25 %"
-    other = zoo.load("llama-retrieval").model
+    other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
     assert found_in(folder, model=other).computed == 5
@@ -191,7 +193,8 @@ steps:
 """
 
 
-def test_a_refused_rule_is_a_cell_with_the_reason(tmp_path: Path) -> None:
+def test_a_refused_rule_is_a_cell_with_the_reason(found: run.Found, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "retrieval.json", tmp_path)
     path = tmp_path / "late.yaml"
     path.write_text(REFUSES)
     done = found_in(tmp_path, rules=(str(path),), budgets=("25%",))
@@ -209,8 +212,8 @@ def test_a_refused_rule_is_a_cell_with_the_reason(tmp_path: Path) -> None:
         ({"rules": ("nothing",)}, "there is no rule 'nothing'"),
         ({"rules": ("hiprune",)}, "does not evict"),
         ({"target": "onnx"}, "there is no target 'onnx'"),
-        ({"length": 12}, "needles in prompts of 12 tokens"),
-        ({"questions": 4}, "4 questions about 3 needles"),
+        ({"length": 32}, "8 needles in prompts of 32 tokens"),
+        ({"questions": 9}, "9 questions about 8 needles"),
     ],
 )
 def test_settings_that_are_none(settings: dict[str, Any], cause: str, tmp_path: Path) -> None:
@@ -238,29 +241,21 @@ def test_the_page_and_its_plots(found: run.Found, tmp_path: Path) -> None:
         assert svg == make(found)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    words = [
-        "retrieval",
-        "--rules",
-        "knorm",
-        "--budgets",
-        "50%",
-        "--texts",
-        "2",
-        "--length",
-        "64",
-        "--out",
-        str(tmp_path),
-    ]
+def test_the_command(found: run.Found, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "retrieval.json", tmp_path)
+    words = ["retrieval", "--rules", "snapkv,random_kv", "--budgets", "25%", "--out", str(tmp_path)]
+    words += [part for name in ("texts", "questions", "length", "batch") for part in (f"--{name}", str(SMALL[name]))]
     result = CliRunner().invoke(app, [*words, "--json"])
     data = json.loads(result.stdout)
-    assert result.exit_code == 0 and data["computed"] == 2
-    (cell,) = data["cells"]
-    assert (cell["rule"], cell["budget"], cell["kept"]) == ("knorm", "50%", [32] * 3)
+    assert result.exit_code == 0 and data["computed"] == 0
+    known = cell_of(found, "snapkv", "25%")
+    assert [(c["rule"], c["budget"], tuple(c["kept"])) for c in data["cells"]][0] == ("snapkv", "25%", known.kept)
     again = CliRunner().invoke(app, words)
-    assert "0 cells computed now" in again.stdout and "knorm 50%" in " ".join(again.stdout.split())
+    assert "0 cells computed now" in again.stdout and "snapkv 25% 18" in " ".join(again.stdout.split())
     files = {"retrieval.json", "retrieval.md", "retrieval.svg", "retrieval_depth.svg"}
     assert {f.name for f in tmp_path.iterdir()} == files
+    refused = CliRunner().invoke(app, ["retrieval", "--budgets", "0%", "--out", str(tmp_path), "--json"])
+    assert refused.exit_code == 1 and "0%" in json.dumps(json.loads(refused.stdout)["error"])
 
 
 def test_the_page_of_the_docs_is_of_the_committed_checkpoint() -> None:
