@@ -39,8 +39,11 @@ MODEL = "zoo:llama-retrieval"
 BUDGET = "budget"
 BUDGETS = ("100%", "50%", "25%", "12%", "6%", "3%")
 UNEVICTED = "none"
-LAST = ("window", "recent")
-"""Options that keep a number of last tokens; they get at most half of a budget."""
+LAST = {"window": 1, "recent": 8}
+"""Options that keep a number of last tokens, and the fewest that are given; they get at most half of a budget.
+
+Rules that need not keep the last tokens may evict the question itself, which would then be what is measured.
+"""
 BANDS = 5
 """Parts of a text, of equal length, that needles are counted in by their depth."""
 SEED = 3_000_000
@@ -191,17 +194,17 @@ def evicting() -> list[str]:
 
 
 def fitted(rule: Rule, budget: str, length: int) -> dict[str, Any]:
-    """Options of a rule for prompts of `length` tokens: its budget, and last tokens that are at most half of it.
+    """Options of a rule for prompts of `length` tokens: its budget, and some last tokens, at most half of it.
 
     Raises:
         RuleError: the budget is none.
     """
-    count = Budget.parse(budget).count(length)
+    half = max(1, Budget.parse(budget).count(length) // 2)
     options: dict[str, Any] = {BUDGET: yaml.safe_load(budget)}  # as options of a rule are read everywhere
-    for name in LAST:
-        default = rule.params[name].default if name in rule.params else 0
-        if isinstance(default, int) and default > count // 2:
-            options[name] = max(1, count // 2)
+    for name, fewest in LAST.items():
+        default = rule.params[name].default if name in rule.params else None
+        if isinstance(default, int) and (fits := min(max(default, fewest), half)) != default:
+            options[name] = fits
     return options
 
 

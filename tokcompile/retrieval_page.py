@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tokcompile import plots
-from tokcompile.retrieval import BANDS, MODEL, STEP, Cell, Found
+from tokcompile.retrieval import BANDS, LAST, MODEL, STEP, Cell, Found
 from tokcompile.rulepages import table
 
 REFUSED = "–"
@@ -50,27 +50,9 @@ def write(found: Found, out: Path) -> list[Path]:
 
 def to_markdown(found: Found) -> str:
     """The page: accuracy and perplexity by rule and budget, accuracy by depth, and what was refused."""
-    s, plain = found.settings, found.unevicted
-    made = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    of = f" (SHA-256 of its weights {found.checkpoint[:16]}…)" if found.checkpoint else ""
+    plain = found.unevicted
     lines = [
-        "# What an evicted cache still knows",
-        "",
-        f"`{MODEL}`{of} on {s.texts} texts (seed {s.seed}), target `{s.target}` ({made}). This page and its plots are "
-        "made by `make retrieval`.",
-        "",
-        f"Each prompt is {s.length} tokens of a made-up language in which {s.needles} needles are hidden, "
-        f"`<key> K V V`. A rule evicts keys after the prompt; a budget is the share of its {s.length} keys that each "
-        "cached head keeps. Then a second call reads the cache: a question, `<ask> K`, whose answer is right when both "
-        "words V are, or the next words of the text.",
-        "",
-        f"- *Asked after*: the prompt has no question in it. Each text is asked about each of its needles "
-        f"({sum(plain.after_asked)} questions).",
-        f"- *Asked before*: the question is the end of the prompt, so that the last queries ask for what is to be kept "
-        f"({sum(plain.before_asked)} questions). As in any generation the first word of the answer comes from the "
-        "prompt itself, which sees all keys; the second is read from what is left.",
-        f"- *Perplexity*: of {STEP - 1} words that go on after the compression. A word has one successor that is the "
-        "text's own half of the time, so a model that remembers nothing of the text does worse.",
+        *_introduction(found),
         "",
         f"![Accuracy and perplexity against the budget, a line for each rule]({PLOT})",
         "",
@@ -81,12 +63,43 @@ def to_markdown(found: Found) -> str:
     lines += ["## Perplexity", "", f"± standard error; without a rule {_perplexity(plain)}.", ""]
     lines += [*_matrix(found, _perplexity), "", *_depths(found), "", "## Options", ""]
     lines += [
-        "`window` and `recent` are a rule's defaults, or half of the budget where that is less. Not a default:",
+        f"`window` and `recent`, the last tokens that stay, are a rule's defaults (`recent` at least {LAST['recent']}: a "
+        "rule that keeps fewer may evict the question itself), or half of the budget where that is less. Not a default:",
         "",
     ]
     lines += [*_options(found), "", "Keys in a cached head after the prompt, by block where blocks differ:", ""]
     lines += [*_matrix(found, _keys), *_refusals(found)]
     return "\n".join(lines) + "\n"
+
+
+def _introduction(found: Found) -> list[str]:
+    """How the figures were made, and what they mean."""
+    s, plain = found.settings, found.unevicted
+    made = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    of = f" (SHA-256 of its weights {found.checkpoint[:16]}…)" if found.checkpoint else ""
+    return [
+        "# What an evicted cache still knows",
+        "",
+        f"`{MODEL}`{of} on {s.texts} texts (seed {s.seed}), target `{s.target}` ({made}). This page and its plots are "
+        "made by `make retrieval`.",
+        "",
+        f"Each prompt is {s.length} tokens of a made-up language in which {s.needles} needles are hidden, "
+        f"`<key> K V V`. A rule evicts keys after the prompt; a budget is how many of its {s.length} keys each cached "
+        "head keeps. Then a second call reads the cache: a question, `<ask> K`, whose answer is right when both words V "
+        "are, or the next words of the text.",
+        "",
+        f"- *Asked after*: the prompt has no question in it. Each text is asked about each of its needles "
+        f"({sum(plain.after_asked)} questions).",
+        f"- *Asked before*: the question is the end of the prompt, so that the last queries ask for what is to be kept "
+        f"({sum(plain.before_asked)} questions). As in any generation the first word of the answer comes from the "
+        "prompt itself, which sees all keys; the second is read from what is left.",
+        f"- *Perplexity*: of {STEP - 1} words that go on after the compression. A word has one successor that is the "
+        "text's own half of the time, so a model that remembers nothing of the text does worse.",
+        "",
+        "The model has 3 blocks whose heads have clear tasks, and `<key>` stands out among its words. Rules can be told "
+        "apart on it, and a rule that loses needles here may lose them elsewhere; by how much is another matter for a "
+        "large model.",
+    ]
 
 
 def _depths(found: Found) -> list[str]:

@@ -32,7 +32,7 @@ RULES, BUDGETS = ("random_kv", "snapkv"), ("100%", "25%")
 COUNT = 18
 SCORES: dict[str, tuple[Any, dict[str, int]]] = {
     "snapkv": (lambda block: partial(cached.votes, window=9, kernel=5), {"recent": 9}),
-    "random_kv": (lambda block: partial(cached.luck, seed=0, block=block), {}),
+    "random_kv": (lambda block: partial(cached.luck, seed=0, block=block), {"recent": 8}),
 }
 
 
@@ -67,7 +67,7 @@ def test_every_cell_is_there(found: run.Found) -> None:
     assert found.computed == 5 and not any(c.refused for c in found.cells)
     assert found.unevicted.kept == (72,) * 3
     assert [c.kept for c in found.cells] == [(72,) * 3, (COUNT,) * 3] * 2
-    assert [c.options for c in found.cells] == ["", "", "", "window=9"]
+    assert [c.options for c in found.cells] == ["recent=8", "recent=8", "", "window=9"]
     assert all(sum(c.after_asked) == 5 * 8 and sum(c.before_asked) == 5 * 2 for c in found.cells)
 
 
@@ -171,14 +171,14 @@ def test_every_rule_that_evicts_is_measured_by_default() -> None:
 
 
 @pytest.mark.parametrize("length", [512, 1024])
-def test_last_tokens_leave_room_for_others(length: int) -> None:
-    assert run.fitted(load_rule("knorm"), "3%", length) == {"budget": "3%"}
-    assert run.fitted(load_rule("h2o"), "50%", length) == {"budget": "50%"} | (
-        {"recent": 128} if length == 512 else {"recent": 256}
-    )
-    assert run.fitted(load_rule("snapkv"), "3%", length)["window"] == length * 3 // 100 // 2
-    assert run.fitted(load_rule("snapkv"), "1", length)["window"] == 1
-    assert run.fitted(load_rule("snapkv"), "100%", length) == {"budget": "100%"}
+def test_last_tokens_stay_and_leave_room_for_others(length: int) -> None:
+    def of(rule: str, budget: str) -> dict[str, Any]:
+        return {name: value for name, value in run.fitted(load_rule(rule), budget, length).items() if name != "budget"}
+
+    assert of("knorm", "50%") == {"recent": 8} and of("knorm", "3%") == {"recent": 7 if length == 512 else 8}
+    assert of("h2o", "50%") == {"recent": length // 4}
+    assert of("snapkv", "3%") == {"window": length * 3 // 100 // 2} and of("snapkv", "1") == {"window": 1}
+    assert of("snapkv", "100%") == {} and run.fitted(load_rule("snapkv"), "100%", length) == {"budget": "100%"}
 
 
 REFUSES = """
