@@ -63,8 +63,9 @@ def to_markdown(found: Found) -> str:
     lines += ["## Perplexity", "", f"± standard error; without a rule {_perplexity(plain)}.", ""]
     lines += [*_matrix(found, _perplexity), "", *_depths(found), "", "## Options", ""]
     lines += [
-        f"`window` and `recent`, the last tokens that stay, are a rule's defaults (`recent` at least {LAST['recent']}: a "
-        "rule that keeps fewer may evict the question itself), or half of the budget where that is less. Not a default:",
+        f"`window` and `recent`, the last tokens that stay, are a rule's defaults (`recent` at least {LAST['recent']}: "
+        "a rule that keeps fewer may evict the question itself), or half of the budget where that is less. "
+        "Not a default:",
         "",
     ]
     lines += [*_options(found), "", "Keys in a cached head after the prompt, by block where blocks differ:", ""]
@@ -85,8 +86,8 @@ def _introduction(found: Found) -> list[str]:
         "",
         f"Each prompt is {s.length} tokens of a made-up language in which {s.needles} needles are hidden, "
         f"`<key> K V V`. A rule evicts keys after the prompt; a budget is how many of its {s.length} keys each cached "
-        "head keeps. Then a second call reads the cache: a question, `<ask> K`, whose answer is right when both words V "
-        "are, or the next words of the text.",
+        "head keeps. Then a second call reads the cache: a question, `<ask> K`, whose answer is right when both words "
+        "V are, or the next words of the text.",
         "",
         f"- *Asked after*: the prompt has no question in it. Each text is asked about each of its needles "
         f"({sum(plain.after_asked)} questions).",
@@ -96,9 +97,8 @@ def _introduction(found: Found) -> list[str]:
         f"- *Perplexity*: of {STEP - 1} words that go on after the compression. A word has one successor that is the "
         "text's own half of the time, so a model that remembers nothing of the text does worse.",
         "",
-        "The model has 3 blocks whose heads have clear tasks, and `<key>` stands out among its words. Rules can be told "
-        "apart on it, and a rule that loses needles here may lose them elsewhere; by how much is another matter for a "
-        "large model.",
+        "The model has few blocks, whose heads have clear tasks, and `<key>` stands out among its words: figures "
+        "compare rules with each other; a large model loses other amounts.",
     ]
 
 
