@@ -18,6 +18,7 @@ from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
+from tokcompile.steps import Evict
 from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
@@ -73,7 +74,8 @@ def compile(
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
     verbs = {step.verb for instance in parsed for step in instance.rule.steps}
-    carries = verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
+    later = any(isinstance(s, Evict) and s.when != "prefill" for instance in parsed for s in instance.rule.steps)
+    carries = later or verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
     if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
     return model

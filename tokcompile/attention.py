@@ -88,6 +88,10 @@ def _attend(
     """Attention of transformers' interface: query [B, H, Tq, D], result [B, Tq, H, D] and no weights."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and causal and queries != 1 and queries != keys:
+        # Without a mask, fused attention would take the first key for the first query's own.
+        attention_mask = torch.ones(query.shape[0], keys, dtype=torch.bool, device=query.device)
     if attention_mask is not None and attention_mask.dim() == 2:
         out = torch.ops.tokred.attention(query, key, value, attention_mask, scale, causal)
         return out.transpose(1, 2).contiguous(), None
