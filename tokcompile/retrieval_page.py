@@ -87,7 +87,7 @@ def _introduction(found: Found) -> list[str]:
         f"Each prompt is {s.length} tokens of a made-up language in which {s.needles} needles are hidden, "
         f"`<key> K V V`. A rule evicts keys after the prompt; a budget is how many of its {s.length} keys each cached "
         "head keeps. Then a second call reads the cache: a question, `<ask> K`, whose answer is right when both words "
-        "V are, or the next words of the text.",
+        "V are, or the next words of the text. Later steps, in which some rules evict again, are not measured.",
         "",
         f"- *Asked after*: the prompt has no question in it. Each text is asked about each of its needles "
         f"({sum(plain.after_asked)} questions).",
