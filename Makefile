@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed bench-kv lint format train schema results sweep clean
+.PHONY: setup demo test test-slow coverage scale speed bench-kv lint format train schema results sweep retrieval clean
 
 setup: $(STAMP)
 
@@ -56,9 +56,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains the small model of the demo again; the checkpoint is committed.
+# Trains the small models of the demo and of make retrieval again; the checkpoints are committed.
 train: setup
 	$(BIN)/python -m tokcompile.models.recipe_llava_digits
+	$(BIN)/python -m tokcompile.models.recipe_retrieval
 
 # Writes docs/rule.schema.json from the models in tokcompile/rulefile.py.
 schema: setup
@@ -74,6 +75,14 @@ SWEEP_ARGS ?=
 sweep: setup
 	$(BIN)/tokred sweep --out build/sweep $(SWEEP_ARGS)
 	cp build/sweep/sweep.md build/sweep/sweep.svg docs/
+
+# Measures every rule that evicts keys at six budgets on a model trained to find needles in long texts, goes on where an
+# earlier run stopped, and writes docs/retrieval.md and its plots. After a change of the package's code:
+# make retrieval RETRIEVAL_ARGS=--fresh
+RETRIEVAL_ARGS ?=
+retrieval: setup
+	$(BIN)/tokred retrieval --out build/retrieval $(RETRIEVAL_ARGS)
+	cp build/retrieval/retrieval.md build/retrieval/retrieval.svg build/retrieval/retrieval_depth.svg docs/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

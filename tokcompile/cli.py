@@ -324,10 +324,10 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Measure rules by budgets on a small trained model: accuracy and tokens. Goes on where it was interrupted."""
+    from tokcompile import plots, sweep_page
     from tokcompile import sweep as run
-    from tokcompile import sweep_page
 
-    sweep_page.needs_matplotlib()
+    plots.needs_matplotlib()
     words = {"rules": _commas(rules), "keeps": _commas(keeps) or run.KEEPS}
     settings = run.Settings(**words, images=images, batch=batch, target=target)
     with progress() as bar:
@@ -338,6 +338,40 @@ def sweep(
     else:
         print_page(sweep_page.render(found, is_plain()))
         typer.echo(f"wrote {out / sweep_page.CELLS}, {' and '.join(map(str, written))}")
+
+
+@app.command()
+@shows_errors
+def retrieval(
+    rules: Annotated[
+        list[str] | None, typer.Option(help="Rules, by name or path, with commas between; all that evict.")
+    ] = None,
+    budgets: Annotated[list[str] | None, typer.Option(help="Shares of the keys, with commas between.")] = None,
+    texts: Annotated[int, typer.Option(help="Test texts.", min=1)] = 128,
+    questions: Annotated[int, typer.Option(help="Questions before the compression, about each text.", min=1)] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.", min=8)] = 512,
+    batch: Annotated[int, typer.Option(help="Prompts in a batch.", min=1)] = 32,
+    target: Annotated[str, typer.Option(help="eager, aot_eager or inductor.")] = "eager",
+    out: Annotated[Path, typer.Option(help="Folder for the cells, the page and its plots.")] = Path("build/retrieval"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the cells that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure rules that evict keys: needles found and perplexity by budget. Goes on where it was interrupted."""
+    from tokcompile import plots, retrieval_page
+    from tokcompile import retrieval as run
+
+    plots.needs_matplotlib()
+    words = {"rules": _commas(rules), "budgets": _commas(budgets) or run.BUDGETS}
+    numbers = {"texts": texts, "questions": questions, "length": length, "batch": batch}
+    settings = run.Settings(**words, **numbers, target=target)
+    with progress() as bar:
+        found = run.run(settings, run.Store(out / retrieval_page.CELLS, fresh, run.Cell), bar)
+    written = retrieval_page.write(found, out)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(retrieval_page.render(found, is_plain()))
+        typer.echo(f"wrote {out / retrieval_page.CELLS}, {' and '.join(map(str, written))}")
 
 
 def _commas(words: list[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
@@ -28,6 +28,7 @@ from tokcompile.rulefile import Rule, load_rule, rule_names
 
 KEEPS = ("100%", "66%", "50%", "33%", "22%", "11%")
 UNPRUNED = "unpruned"
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -122,27 +123,28 @@ class Sweep:
         }
 
 
-class Store:
+class Store(Generic[C]):
     """Cells by key in one JSON file, which is whole after each cell.
 
     Args:
         path: of the file; made when the first cell is known.
         fresh: forget what it holds.
+        kind: the dataclass that its cells are of; it has a `key`, and tuples where JSON has lists.
 
     Raises:
         TokredError: the file is no file of cells.
     """
 
-    def __init__(self, path: Path, fresh: bool = False) -> None:
-        self.path = path
-        self.cells: dict[str, Cell] = {}
+    def __init__(self, path: Path, fresh: bool = False, kind: type[C] = Cell) -> None:
+        self.path, self.kind = path, kind
+        self.cells: dict[str, C] = {}
         if not fresh and path.exists():
             self._read()
 
     def _read(self) -> None:
         try:
             for data in json.loads(self.path.read_text(encoding="utf-8"))["cells"]:
-                cell = Cell(**{**data, "tokens": tuple(data["tokens"])})
+                cell = self.kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
                 self.cells[cell.key] = cell
         except (ValueError, KeyError, TypeError) as error:
             raise TokredError(
@@ -151,7 +153,7 @@ class Store:
                 remedy="--fresh to write it anew, or another --out",
             ) from error
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: C) -> None:
         """Write a cell down: all or nothing, whatever happens meanwhile."""
         self.cells[cell.key] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)

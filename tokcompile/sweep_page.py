@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tokcompile.errors import TokredError
+from tokcompile import plots
 from tokcompile.rulepages import table
 from tokcompile.sweep import Cell, Sweep
 from tokcompile.units import amount
 
-# Okabe and Ito's colours, which people tell apart who see colours otherwise; markers and dashes do without colours.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 REFUSED = "–"
 PLOT, PAGE, CELLS = "sweep.svg", "sweep.md", "sweep.json"
 
@@ -115,37 +109,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def needs_matplotlib() -> Any:
-    """Import matplotlib.
-
-    Raises:
-        TokredError: it is not there; said before hours of cells, not after.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise TokredError(
-            "the plot needs matplotlib, which cannot be imported",
-            found=str(error),
-            remedy="pip install 'tokcompile[demo]'",
-        ) from error
-    return matplotlib
-
-
 def to_svg(found: Sweep) -> str:
     """The plot, the same bytes for the same sweep."""
-    matplotlib = needs_matplotlib()
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "tokcompile", "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        _draw(figure.subplots(), found)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Title": _title(found)})
-    label = f'<svg role="img" aria-label="{_title(found)}; a line for each of {len(by_rule(found))} rules" '
-    return stream.getvalue().replace("<svg ", label, 1)
+    title = _title(found)
+    label = f"{title}; a line for each of {len(by_rule(found))} rules"
+    return plots.svg(lambda figure: _draw(figure.subplots(), found), (9, 5.5), title, label)
 
 
 def _title(found: Sweep) -> str:
@@ -155,8 +123,7 @@ def _title(found: Sweep) -> str:
 def _draw(axes: Any, found: Sweep) -> None:
     plain = found.unpruned
     axes.axhline(100 * plain.accuracy, color="0.5", linewidth=1, label=f"no rule, {plain.fed} tokens")
-    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
-    for number, ((rule, cells), (colour, marker, dash)) in enumerate(zip(by_rule(found).items(), looks, strict=False)):
+    for (rule, cells), look in zip(by_rule(found).items(), plots.looks(), strict=False):
         shown = sorted((c for c in cells if not c.refused), key=lambda cell: cell.fed)
         if not shown:
             continue
@@ -165,14 +132,7 @@ def _draw(axes: Any, found: Sweep) -> None:
             [100 * cell.accuracy for cell in shown],
             yerr=[100 * cell.error for cell in shown],
             label=rule,
-            color=colour,
-            marker=marker,
-            linestyle=dash,
-            linewidth=1.5,
-            markersize=10 - 2 * (number % 3),  # hollow and of several sizes: rules that agree lie on each other
-            markerfacecolor="none",
-            capsize=2,
-            elinewidth=0.8,
+            **look,
         )
     axes.set(xlabel="image tokens in the last block of the decoder", ylabel="accuracy, %, ± standard error")
     axes.set_title(_title(found), fontsize=11)

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from tokcompile import sweep, sweep_page
+from tokcompile import plots, sweep, sweep_page
 from tokcompile.cli import app
 from tokcompile.demo_data import Questions
 from tokcompile.errors import RuleError, TokredError
@@ -229,12 +229,8 @@ def test_the_plot(found: sweep.Sweep) -> None:
 
 
 def test_lines_look_different_without_colours() -> None:
-    looks = list(
-        itertools.islice(
-            zip(itertools.cycle(sweep_page._MARKERS), itertools.cycle(sweep_page._DASHES), strict=False), 40
-        )
-    )
-    assert len(set(map(str, looks))) == 40
+    looks = itertools.islice(plots.looks(), 40)
+    assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 40
 
 
 def test_the_command(tmp_path: Path) -> None:

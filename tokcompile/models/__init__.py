@@ -1,1 +1,1 @@
-"""Small models to compile: a registry (`zoo`), the digits task and the recipe that trained its model."""
+"""Small models to compile: a registry (`zoo`), and the tasks and recipes of those that are trained."""

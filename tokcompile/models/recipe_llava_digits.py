@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from . import digits
 from .families import llava
+from .wordtokenizer import save_tokenizer
 
 VISION = {
     "hidden_size": 128,
@@ -328,21 +329,6 @@ def accuracy(model: LlavaForConditionalGeneration, n: int, seed: int, batch: int
     return right / n
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Write the word-level tokenizer; it puts <bos> in front and pads on the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(dict(digits.TOKEN), unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", digits.BOS)])
-    names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, padding_side="left", additional_special_tokens=["<image>"], **names
-    )
-    tokenizer.save_pretrained(folder)
-
-
 def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the model in float16, its greedy generation settings and the tokenizer."""
     ids = {"bos_token_id": digits.BOS, "eos_token_id": digits.EOS, "pad_token_id": digits.PAD}
@@ -350,7 +336,7 @@ def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     model.half().save_pretrained(folder)
     model.float()
-    save_tokenizer(folder)
+    save_tokenizer(folder, digits.TOKEN, special=["<image>"])
 
 
 def parse(argv: list[str] | None) -> tuple[Settings, bool]:

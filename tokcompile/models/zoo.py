@@ -1,4 +1,4 @@
-"""A registry of models to compile: one trained, some small with random weights, some at the size of real ones.
+"""A registry of models to compile: two trained, some small with random weights, some at the size of real ones.
 
 loaded = load("llava-digits")
 loaded.model(**loaded.example(batch=2))
@@ -13,15 +13,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 
 from tokcompile.errors import TokredError, known
 
-from . import digits, families
+from . import digits, families, retrieval
 
 Kind = Literal["vlm", "decoder", "vision"]
 PAD, BOS = 0, 1
 CHECKPOINT = Path(__file__).parent / "llava_digits"
+RETRIEVAL = Path(__file__).parent / "llama_retrieval"
 
 _SMALL_TEXT = {
     "vocab_size": 64,
@@ -114,7 +115,7 @@ class Loaded:
             padded: pad row i on the left by up to i tokens, so that rows have different real lengths; every row
                 keeps its whole image and at least two tokens of text.
             text_length: tokens of text after <bos> and the image; each entry has its own default.
-            seed: of the random tokens and pixels, or of the canvases of `llava-digits`.
+            seed: of the random tokens and pixels, or of what the trained models are asked.
 
         Returns:
             input_ids and attention_mask int64 [batch, sequence] and pixel_values [batch, 3, height, width], or
@@ -124,6 +125,8 @@ class Loaded:
         if self.name == "llava-digits" and text_length in (None, self.entry.text_length):
             canvases = digits.canvases("test", batch, seed)
             inputs, ids = {"pixel_values": canvases.pixel_values}, canvases.input_ids
+        elif self.name == "llama-retrieval" and length > retrieval.NEEDLE + 2:
+            inputs, ids = {}, retrieval.prompts(batch, 1 + length, seed)
         else:
             rng = torch.Generator().manual_seed(seed)
             inputs = {} if self.kind == "decoder" else {"pixel_values": self._pixels(batch, rng)}
@@ -171,6 +174,10 @@ def _digits() -> PreTrainedModel:
     return LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
 
 
+def _retrieval() -> PreTrainedModel:
+    return LlamaForCausalLM.from_pretrained(RETRIEVAL, dtype=torch.float32)
+
+
 def _small_decoder(model_type: str) -> Callable[[], PreTrainedModel]:
     return lambda: families.decoder(model_type, _SMALL_TEXT)
 
@@ -180,6 +187,7 @@ _LLAVA_15 = {"image_token_index": 32000, "vision_feature_layer": -2}
 
 ZOO: dict[str, Entry] = {
     "llava-digits": Entry("trained on handwritten digits: 196 image tokens, 4 + 8 blocks", "vlm", _digits, 4),
+    "llama-retrieval": Entry("trained to find needles in long texts: 3 blocks", "decoder", _retrieval, 127),
     "llava-tiny": Entry(
         "LLaVA, random weights: 16 image tokens, 3 + 4 blocks",
         "vlm",
