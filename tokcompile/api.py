@@ -15,6 +15,7 @@ from tokcompile.capture import from_export
 from tokcompile.carried import Carried
 from tokcompile.dynamo import install_hooks, prepare
 from tokcompile.errors import RuleError
+from tokcompile.giventokens import inserts_of
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
@@ -74,6 +75,7 @@ def compile(
     imagesizes.install(model)
     verbs = {step.verb for instance in parsed for step in instance.rule.steps}
     carries = verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
+    carries = carries or any(map(inserts_of, parsed))
     if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
         model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
 from tokcompile.applied import Applied
@@ -15,8 +15,10 @@ from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, EditError, TokredError
+from tokcompile.giventokens import follow_given
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
+from tokcompile.passes.insertplaces import Slots
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.cache import first_shortened
@@ -54,9 +56,10 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     if phase == "decode":
         known = facts(program, find_sites(program))
         adapt_decode(program, rules, known, done)
+        given = follow_given(program, rules, known, done)
         shortened = any(step.verb in ("drop", "merge", "evict") for instance in rules for step in instance.rule.steps)
-        for instance, applied in zip(rules, done, strict=True):
-            _turn_decode(program, instance, known, applied, shortened)
+        for instance, applied, own in zip(rules, done, given, strict=True):
+            _turn_decode(program, instance, known, applied, shortened, own)
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -117,14 +120,24 @@ def _check_order(program: Program, step: Step) -> None:
 
 
 def _turn_decode(
-    program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied, shortened: bool
+    program: Program,
+    instance: RuleInstance,
+    known: dict[str, int],
+    applied: Applied,
+    shortened: bool,
+    given: dict[str, Slots],
 ) -> None:
-    """Give the tokens of a later step the positions, rotations and layers that a rule gave to those of the prompt."""
-    steps = [step for step in instance.rule.steps if _goes_on(step)]
+    """Give the tokens of a later step the positions, rotations and layers that a rule gave to those of the prompt.
+
+    Args:
+        given: tokens that the rule puts into prompts, and that the caller puts into this step.
+    """
+    steps = [step for step in instance.rule.steps if _goes_on(step, given)]
     if not steps:
         return
     editor = Editor(program, instance.name, applied.counts)
-    ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts, shortened=shortened)
+    ctx = Context(program, editor, find_sites(program), instance, dict(given), counts=applied.counts)
+    ctx.shortened = shortened
     for step in instance.resolve_only(steps, known):
         try:
             PASSES[step.verb](ctx, step)
@@ -133,9 +146,10 @@ def _turn_decode(
     applied.steps += ctx.log
 
 
-def _goes_on(step: Step) -> bool:
-    """Whether a step has something to do after a prompt: layers of inserted tokens have not, none is inserted there."""
-    return isinstance(step, Place | Rotate) or (isinstance(step, Layer) and step.by != "attention")
+def _goes_on(step: Step, given: Mapping[str, Slots]) -> bool:
+    """Whether a step has something to do after a prompt: layers of inserted tokens have where the caller gives some."""
+    attends = isinstance(step, Layer) and step.by == "attention"
+    return step.of in given if attends else isinstance(step, Place | Rotate | Layer)
 
 
 def _patches(program: Program, sites: Sites, others: int) -> int | None:

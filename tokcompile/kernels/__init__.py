@@ -7,6 +7,7 @@ if __name__ == "tokcompile.kernels":
     # repository is on the path: nothing is registered then.
     from ._library import define, names, reference_of
     from .add_tokens import add_tokens
+    from .attend_after import attend_after
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -36,11 +37,13 @@ if __name__ == "tokcompile.kernels":
     from .key_cosine import key_cosine
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
+    from .listed_tokens import listed_tokens
     from .long_runs import long_runs
     from .mark_slots import mark_slots
     from .mark_tokens import mark_tokens
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
+    from .matching_tokens import matching_tokens
     from .merge_clips import merge_clips
     from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
@@ -73,6 +76,7 @@ if __name__ == "tokcompile.kernels":
 
 __all__ = [
     "add_tokens",
+    "attend_after",
     "attention",
     "attention_received",
     "attention_row",
@@ -103,11 +107,13 @@ __all__ = [
     "key_cosine",
     "kmeans_assign",
     "last_valid",
+    "listed_tokens",
     "long_runs",
     "mark_slots",
     "mark_tokens",
     "masked_mean",
     "match_pairs",
+    "matching_tokens",
     "merge_clips",
     "merge_pairs",
     "merge_weights",
