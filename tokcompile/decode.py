@@ -223,26 +223,31 @@ def _compact(
     """
     blocks = sites.stacks["decoder"].blocks
     editor = Editor(program, instance.name, applied.counts)
+    region = region_of(program, sites, blocks[first].input)
     for rotary in sites.rotary["decoder"]:
         positions = rotary.positions
         with editor.after([positions]):
             made = _positions(editor, sites, positions, places, first, evicted)
-        renumber(editor, sites, blocks[first].input, positions, made)
+        renumber(editor, sites, region - {blocks[first].input}, positions, made)
     applied.steps.append({"verb": "decode", "positions": "compact", "from_block": first})
     program.changed()
 
 
+def region_of(program: Program, sites: Sites, start: Node) -> set[Node]:
+    """What depends on the input of a block, other than the graph's outputs, which also return earlier caches."""
+    return set(sites.reach.forward(start)) - {program.output}
+
+
 def renumber(
-    editor: Editor, sites: Sites, start: Node, positions: Node, made: Node, tables: Sequence[Node] = ()
+    editor: Editor, sites: Sites, region: set[Node], positions: Node, made: Node, tables: Sequence[Node] = ()
 ) -> None:
-    """Compute the tables that blocks read, from the input of the first of them on, from new positions.
+    """Compute the tables that a region reads from new positions.
 
     Args:
         tables: cosines and sines; only what is made of these, if there are any given.
     """
-    region = set(sites.reach.forward(start)) - {editor.program.output}  # which also returns earlier caches
     done = {positions: made}
-    for node in sorted(region - {start}, key=sites.reach.order.__getitem__):
+    for node in sorted(region, key=sites.reach.order.__getitem__):
         for table in _tables(node, region, positions, sites):
             if tables and not sites.reach.any_above(table, tables):
                 continue

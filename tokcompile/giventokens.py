@@ -21,7 +21,7 @@ from tokcompile.address import parse_address
 from tokcompile.applied import Applied
 from tokcompile.binding import RuleInstance
 from tokcompile.carried import REMEDY, given_name, hand_on
-from tokcompile.decode import renumber
+from tokcompile.decode import region_of, renumber
 from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError
 from tokcompile.padding import told
@@ -194,7 +194,9 @@ def _keep_vectors(program: Program, sites: Sites, embedded: Node, given: Sequenc
 
 def _place(editor: Editor, rotary: Rotary, given: Sequence[_Given]) -> None:
     """Give the tokens of this step the positions that the rules mean, where these are not the caller's."""
-    first, positions = find_sites(editor.program).stacks["decoder"].blocks[0].input, rotary.positions
+    sites, positions = find_sites(editor.program), rotary.positions
+    first = sites.stacks["decoder"].blocks[0].input
+    region = region_of(editor.program, sites, first) - {first}
     silent = [each.flags for each in given if each.flags is not None and each.step.fresh == "none"]
     counts = [each for each in given if each.before is not None]
     if not silent and not counts:
@@ -208,8 +210,8 @@ def _place(editor: Editor, rotary: Rotary, given: Sequence[_Given]) -> None:
             flags = reduce(lambda one, other: call(aten.logical_or.default, one, other), silent)
             flags = _beside(editor, first, positions, flags)
             made = call(aten.where.self, flags, call(aten.zeros_like.default, made), made)
+    renumber(editor, sites, region, positions, made, rotary.tables)
     editor.program.changed()
-    renumber(editor, find_sites(editor.program), first, positions, made, rotary.tables)
 
 
 def _earlier(editor: Editor, each: _Given) -> Node:
