@@ -228,27 +228,31 @@ def _compact(
         positions = rotary.positions
         with editor.after([positions]):
             made = _positions(editor, sites, positions, places, first, evicted)
-        renumber(editor, sites, region - {blocks[first].input}, positions, made)
+        renumber(editor, sites, region, positions, made)
     applied.steps.append({"verb": "decode", "positions": "compact", "from_block": first})
     program.changed()
 
 
-def region_of(program: Program, sites: Sites, start: Node) -> set[Node]:
-    """What depends on the input of a block, other than the graph's outputs, which also return earlier caches."""
-    return set(sites.reach.forward(start)) - {program.output}
+def region_of(program: Program, sites: Sites, start: Node) -> list[Node]:
+    """The input of a block and what depends on it, but for the outputs of the graph, which also return earlier caches.
+
+    In graph order, the input first.
+    """
+    return sorted(set(sites.reach.forward(start)) - {program.output}, key=sites.reach.order.__getitem__)
 
 
 def renumber(
-    editor: Editor, sites: Sites, region: set[Node], positions: Node, made: Node, tables: Sequence[Node] = ()
+    editor: Editor, sites: Sites, region: Sequence[Node], positions: Node, made: Node, tables: Sequence[Node] = ()
 ) -> None:
-    """Compute the tables that a region reads from new positions.
+    """Compute the tables that blocks read from new positions.
 
     Args:
+        region: see `region_of`.
         tables: cosines and sines; only what is made of these, if there are any given.
     """
-    done = {positions: made}
-    for node in sorted(region, key=sites.reach.order.__getitem__):
-        for table in _tables(node, region, positions, sites):
+    done, inside = {positions: made}, set(region)
+    for node in region[1:]:
+        for table in _tables(node, inside, positions, sites):
             if tables and not sites.reach.any_above(table, tables):
                 continue
             with editor.before(node):

@@ -196,7 +196,7 @@ def _place(editor: Editor, rotary: Rotary, given: Sequence[_Given]) -> None:
     """Give the tokens of this step the positions that the rules mean, where these are not the caller's."""
     sites, positions = find_sites(editor.program), rotary.positions
     first = sites.stacks["decoder"].blocks[0].input
-    region = region_of(editor.program, sites, first) - {first}
+    region = region_of(editor.program, sites, first)
     silent = [each.flags for each in given if each.flags is not None and each.step.fresh == "none"]
     counts = [each for each in given if each.before is not None]
     if not silent and not counts:

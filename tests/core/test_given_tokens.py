@@ -72,8 +72,11 @@ def middle(weights: Weights, name: str = "layered", layer: str = "own") -> longe
 class Talk:
     """A prompt of a compiled model and steps after it; the caller counts every token of these, whoever's it is."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], name: str = "layered.t") -> None:
-        self.model, self.mask, self.name = model, inputs["attention_mask"], name
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, Tensor], name: str = "layered.t", *, masked: bool = True
+    ) -> None:
+        self.model, self.mask, self.name, self.masked = model, inputs["attention_mask"], name, masked
+        inputs = inputs if masked else {"input_ids": inputs["input_ids"]}
         out = model(**inputs, position_ids=self._positions(self.mask.shape[1]))
         self.cache = out.past_key_values
 
@@ -89,8 +92,8 @@ class Talk:
         if flags.any():
             token = self.model.tokred.token(self.name, len(words))[:, number : number + 1]
             given = {"inputs_embeds": torch.where(flags[..., None], token, self.model.get_input_embeddings()(words))}
-        told = {"attention_mask": self.mask, "position_ids": self._positions(words.shape[1])}
-        out = self.model(**given, **told, past_key_values=self.cache)
+        told = {"attention_mask": self.mask} if self.masked else {}
+        out = self.model(**given, **told, position_ids=self._positions(words.shape[1]), past_key_values=self.cache)
         self.cache = out.past_key_values
         return out.logits
 
@@ -222,7 +225,7 @@ def test_under_inductor(positions: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("positions", ["counted", pytest.param("kept", marks=pytest.mark.slow)])
 def test_generate_goes_on_behind_a_given_token(positions: str, tmp_path: Path) -> None:
-    """Any id stands for the token in the ids of `generate`, which reads those alone that the cache does not hold."""
+    """It gets the ids that are new alone, and a mask of everything."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 2, (2, 0), text=TEXT)
     path = rule(tmp_path, {"where": "every:4", "shared": True, **POSITIONS[positions]})
@@ -231,11 +234,9 @@ def test_generate_goes_on_behind_a_given_token(positions: str, tmp_path: Path) -
         steps = Talk(model, inputs)
         first = steps.say([[None], [9]])
         word = first[:, -1].argmax(-1, keepdim=True)
-        stand_in = torch.tensor([[3], [9]])
-        ids = torch.cat([inputs["input_ids"], stand_in, word], 1)
         mask = torch.cat([steps.mask, torch.ones_like(word)], 1)
-        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=steps.cache, **greedy(3))
-    new = out.sequences[:, ids.shape[1] - 1 :]
+        out = model.generate(input_ids=word, attention_mask=mask, past_key_values=steps.cache, **greedy(3))
+    new = out.sequences
     said = [[None, *new[0].tolist()], [9, *new[1].tolist()]]
     told = {"tokens": weights.state_dict()["layered.t"], "middle": middle(weights), **how("every", positions)}
     expected = by_hand(model, inputs, PLACES["every"][1], said, **told)[:, 1:-1]
@@ -286,7 +287,7 @@ def test_another_base_of_rotations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("positions", ["keep", pytest.param("compact", marks=pytest.mark.slow)])
 def test_behind_a_drop_that_took_some_of_the_prompt_s(positions: str, tmp_path: Path) -> None:
-    """What is handed on are the tokens that were left in each block."""
+    """What is handed on are the tokens that were left in each block. With a mask such steps are refused."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 2, text=TEXT)
     path = rule(tmp_path, {"where": "every:3", "shared": True, **POSITIONS["counted"], "until": None})
@@ -300,12 +301,12 @@ def test_behind_a_drop_that_took_some_of_the_prompt_s(positions: str, tmp_path: 
     rules = [{"rule": path}, {"rule": str(dropping)}]
     weights = trained(model, inputs, rules=rules)
     pruned = prune(model, rules=rules, weights=weights)
-    pruned(**inputs)
+    pruned(input_ids=inputs["input_ids"])
     (kept,) = pruned.kept
     torch._dynamo.reset()
     talk, got = [[None, 7, None], [9, None, 8]], []
     with compiled(model, rules=rules, weights=weights):
-        steps = Talk(model, inputs)
+        steps = Talk(model, inputs, masked=False)
         got = [steps.say([[row[i]] for row in talk]) for i in range(3)]
     total = len(longer.every(longer.real(inputs), 3)[0])
     assert any(place < total and longer.every([[True] * 10], 3)[0][place] not in range(10) for place in range(total))
