@@ -28,7 +28,7 @@ class AttentionCache:
         """Begin one in a prompt's graph; in a later step's, go on with what earlier graphs handed on."""
         self.ctx, self.layer = ctx, layer
         self.later = ctx.sites.phase == "decode"
-        self.length = length_of_call(ctx.program) if self.later else 0
+        self._length: torch.SymInt | None = None
 
     @property
     def kept(self) -> bool:
@@ -39,10 +39,12 @@ class AttentionCache:
         """What earlier graphs handed on of a block; nothing in a prompt. `like` is the stream, [B, T, C]."""
         if not self.later:
             return {}
+        if self._length is None:
+            self._length = length_of_call(self.ctx.program)
         value = like.meta["val"]
         with self.ctx.program.fake_mode:
-            keys = value.new_empty(value.shape[0], heads, self.length, width)
-            seen = value.new_empty(value.shape[0], self.length, dtype=torch.bool)
+            keys = value.new_empty(value.shape[0], heads, self._length, width)
+            seen = value.new_empty(value.shape[0], self._length, dtype=torch.bool)
         fakes = {"key": keys, "value": keys.clone(), "seen": seen}
         what = "keys and values of the inserted tokens"
         return {part: take(self.ctx.program, self._name(block, part), fakes[part], what) for part in _PARTS}
