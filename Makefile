@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed lint format train schema results sweep clean
+.PHONY: setup demo test test-slow coverage scale speed bench-kv lint format train schema results sweep clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ scale: setup
 # Times a ViT-B/16 of 384 pixels with merged pairs and writes docs/speed.md; needs EXTRAS=demo,dev,timm and a quiet machine.
 speed: setup
 	$(BIN)/python tests/merge_speed.py
+
+# Times caches that rules shorten against full ones and against kvpress, which gets an environment of its own, and writes
+# docs/cache-speed.md; up to an hour on two cores, and a quiet machine.
+bench-kv: setup
+	$(BIN)/python tests/kv_speed.py $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

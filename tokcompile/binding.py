@@ -155,6 +155,12 @@ class ResolvedRule:
             )
         return clamp(self._count(step, text, n), n, allow_zero)
 
+    def is_share(self, step: Step) -> bool:
+        """Whether a step's budget is a share of the tokens, and neither a count nor all of them."""
+        text = getattr(step, step.budgeted)
+        budget = self.params.get(text.strip()[2:-1].strip()) if has_expression(text) else Budget.parse(text)
+        return isinstance(budget, Budget) and budget.is_ratio and budget.value != 1
+
     def _rounding(self, step: Step, text: str) -> str:
         own = self.instance.rule.params.get(text.strip()[2:-1].strip())
         return (own.round if own else None) or step.round

@@ -55,7 +55,8 @@ class Editor:
 
     def _following(self, nodes: Iterable[Node]) -> Node:
         last = max(nodes, key=lambda n: n._sort_key).next
-        while last.op == "placeholder":
+        sizes = set(self._sizes.values())
+        while last.op == "placeholder" or last in sizes:  # what is inserted may use the sizes of its inputs
             last = last.next
         return last
 

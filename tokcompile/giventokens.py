@@ -30,7 +30,7 @@ from tokcompile.passes.insertplaces import Slots
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites, resolve_address
 from tokcompile.sites.rotary import Rotary
-from tokcompile.steps import Insert, Layer, Place, Rotate
+from tokcompile.steps import Evict, Insert, Layer, Place, Rotate
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -164,6 +164,9 @@ def _why_not(
     others = [s for each in rules for s in each.rule.steps if isinstance(s, Place | Rotate)]
     if any(isinstance(other, Place) or other.by != "base" for other in others):
         return "another rule gives positions of its own to tokens"
+    evictions = [s for each in rules for s in each.rule.steps if isinstance(s, Evict)]
+    if any(evict.when != "prefill" or evict.positions != "keep" for evict in evictions):
+        return "another rule evicts keys at later steps, or numbers them anew"
     if program.carried is None and (step.positions == "keep" or _attends(rule, step, facts)):
         return f"nobody keeps what it needs of the prompt: {REMEDY}"
     return ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
 from tokcompile.applied import Applied
 from tokcompile.axes import product
-from tokcompile.binding import RuleInstance
+from tokcompile.binding import ResolvedRule, RuleInstance
 from tokcompile.carried import return_handed
 from tokcompile.crosscache import check_lengths, masked_lengths
 from tokcompile.decode import adapt_decode
@@ -19,12 +20,13 @@ from tokcompile.giventokens import follow_given
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.passes.insertplaces import Slots
+from tokcompile.passes.keyranks import PLACES, read_by_rank
 from tokcompile.program import Program, place
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.cache import first_shortened
 from tokcompile.sites.features import features, images_per_row
 from tokcompile.sites.grid import patch_grid
-from tokcompile.steps import Layer, Place, Rotate, Step
+from tokcompile.steps import Evict, Layer, Place, Rotate, Score, Select, Step
 from tokcompile.verify import verify
 
 
@@ -60,6 +62,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         shortened = any(step.verb in ("drop", "merge", "evict") for instance in rules for step in instance.rule.steps)
         for instance, applied, own in zip(rules, done, given, strict=True):
             _turn_decode(program, instance, known, applied, shortened, own)
+            _evict_again(program, instance, known, applied)
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -139,10 +142,40 @@ def _turn_decode(
     ctx = Context(program, editor, find_sites(program), instance, dict(given), counts=applied.counts)
     ctx.shortened = shortened
     for step in instance.resolve_only(steps, known):
-        try:
+        with _inside(instance, step):
             PASSES[step.verb](ctx, step)
-        except TokredError as error:
-            raise error.inside(f"{instance.rule.path}:{step.line} ({step.verb})") from error
+    applied.steps += ctx.log
+
+
+@contextmanager
+def _inside(instance: RuleInstance, step: Step) -> Iterator[None]:
+    """Say in errors which step of which rule file they are of."""
+    try:
+        yield
+    except TokredError as error:
+        raise error.inside(f"{instance.rule.path}:{step.line} ({step.verb})") from error
+
+
+def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied) -> None:
+    """Evict in a later step what a rule evicts at each."""
+    evicting = instance.resolve_only([s for s in instance.rule.steps if isinstance(s, Evict)], known)
+    evicting = [step for step in evicting if step.when != "prefill"]
+    if not evicting:
+        return
+    chosen = {step.keep for step in evicting}
+    choices = [s for s in instance.rule.steps if isinstance(s, Select) and s.name in chosen]
+    scores = [s for s in instance.rule.steps if isinstance(s, Score) and s.name in {c.scores for c in choices}]
+    steps = [*instance.resolve_only([*scores, *choices], known), *evicting]
+    editor = Editor(program, instance.name, applied.counts)
+    resolved = ResolvedRule(instance, tuple(steps), instance.params, known)
+    ctx = Context(program, editor, find_sites(program), resolved, counts=applied.counts)
+    for step in evicting:
+        if step.positions == "rank":
+            with _inside(instance, step):
+                ctx.values.setdefault(PLACES, {}).update(read_by_rank(ctx, step.at))
+    for step in steps:
+        with _inside(instance, step):
+            PASSES[step.verb](ctx, step)
     applied.steps += ctx.log
 
 

@@ -130,9 +130,12 @@ def _check_caches(rule: Rule, made: dict[str, Step]) -> None:
             if wrong:
                 cause = f"'{wrong[0]}' belongs to choices among keys of caches"
                 raise RuleError(cause, where=where, remedy="remove it, or score at: decoder.*.cache")
-            if of_caches and (step.by != "topk" or "windows" in step.model_fields_set):
-                cause = "keys of caches are chosen by: topk, of each head's all"
+            if of_caches and (step.by not in ("topk", "pairwise") or "windows" in step.model_fields_set):
+                cause = "keys of caches are chosen by: topk or pairwise, of each head's all"
                 raise RuleError(cause, where=where, found=f"by: {step.by}", remedy="by: topk, without windows")
+            if step.by == "pairwise" and not of_caches:
+                cause = "'by: pairwise' chooses among keys of caches"
+                raise RuleError(cause, where=where, remedy="score at: decoder.*.cache, or by: topk")
         if isinstance(step, Evict):
             scores = chosen.get(step.keep)
             if scores is None:

@@ -80,6 +80,18 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 2, 12), bools(b, 12), bools(b, 12).flip(1)),
         lambda scores, valid, among: ops.keep_keys(scores, valid, among, 1, 2, 5),
     ),
+    "pairwise_keys": (
+        lambda b: (floats(b, 2, 12), bools(b, 12), torch.arange(b)),
+        lambda scores, valid, turn: ops.pairwise_keys(scores, valid, turn, 1, 2, 5, 7),
+    ),
+    "key_viewers": (
+        lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 1, 12), bools(b, 12)),
+        lambda q, k, mask, valid: ops.key_viewers(q, k, mask, valid, 3, True),
+    ),
+    "turn_keys": (
+        lambda b: (floats(b, 2, 12, 8), floats(b, 2, 12), floats(1, 3)[0]),
+        lambda x, by, inverse: ops.turn_keys(x, by, inverse, False),
+    ),
     "gather_keys": (
         lambda b: (floats(b, 2, 12, 4), torch.arange(10 * b).view(b, 2, 5) % 12),
         lambda x, index: ops.gather_keys(x, index),

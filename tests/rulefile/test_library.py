@@ -36,6 +36,9 @@ OTHER = {
     "knorm": {"budget": 99},
     "keydiff": {"budget": 99},
     "random_kv": {"budget": 99},
+    "streamingllm": {"budget": 99, "sinks": 2},
+    "tova": {"budget": 99},
+    "treekv": {"budget": 99, "recent": 20, "shared": True},
 }
 """Options of rules that have no `keep`."""
 FACTS = {"vision.depth": 24, "decoder.depth": 32, "grid.height": 24}

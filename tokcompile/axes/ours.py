@@ -165,7 +165,7 @@ def phase_scan(ctx: Context, node: Node) -> Dims:
 
 
 def received(ctx: Context, node: Node) -> Dims:
-    """tokred::attention_received and attention_row: one number per key."""
+    """tokred::attention_received, attention_row and key_viewers: one number per key."""
     key = ctx.of(node.args[1])
     return [key[0], key[-2]]
 
@@ -177,7 +177,7 @@ def key_received(ctx: Context, node: Node) -> Dims:
 
 
 def chosen_keys(ctx: Context, node: Node) -> Dims:
-    """tokred::keep_keys: for each head as many keys, which are counted anew."""
+    """tokred::keep_keys and pairwise_keys: for each head as many keys, which are counted anew."""
     rows, heads, _ = ctx.of(node.args[0])
     return [rows, heads, fresh(shape(node)[2])]
 
@@ -229,11 +229,14 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "attention_row": received,
     "attention": attention,
     "key_attention": key_received,
+    "key_viewers": received,
     "smooth_keys": like_first,
     "key_cosine": leading(3),
     "random_keys": leading(3),
     "keep_keys": chosen_keys,
+    "pairwise_keys": chosen_keys,
     "gather_keys": gathered_keys,
+    "turn_keys": like_first,
     "topk_mask": pointwise,
     "dilate": like_first,
     "dilate_by_width": like_first,

@@ -35,6 +35,7 @@ if __name__ == "tokcompile.kernels":
     from .kept_indices import kept_indices
     from .key_attention import key_attention
     from .key_cosine import key_cosine
+    from .key_viewers import key_viewers
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
     from .listed_tokens import listed_tokens
@@ -50,6 +51,7 @@ if __name__ == "tokcompile.kernels":
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
+    from .pairwise_keys import pairwise_keys
     from .phase_scan import phase_scan
     from .pool_matrix import pool_matrix
     from .random_keys import random_keys
@@ -71,6 +73,7 @@ if __name__ == "tokcompile.kernels":
     from .transport_cost_over_time import transport_cost_over_time
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
+    from .turn_keys import turn_keys
     from .variable_positions import variable_positions
     from .window_topk_mask import window_topk_mask
 
@@ -104,6 +107,7 @@ __all__ = [
     "keep_keys",
     "kept_indices",
     "key_attention",
+    "key_viewers",
     "key_cosine",
     "kmeans_assign",
     "last_valid",
@@ -121,6 +125,7 @@ __all__ = [
     "names",
     "nearest_tokens",
     "original_places",
+    "pairwise_keys",
     "phase_scan",
     "pool_matrix",
     "random_keys",
@@ -143,6 +148,7 @@ __all__ = [
     "transport_cost_over_time",
     "transport_plan",
     "transport_weights",
+    "turn_keys",
     "variable_positions",
     "window_topk_mask",
 ]

@@ -52,7 +52,7 @@ def reference(
     hidden = None if mask is None else _attention.four_d(mask)
     rows = valid
     if window:
-        query, hidden, rows = _windowed(query, key.shape[2], hidden, valid, window, is_causal)
+        query, hidden, rows = windowed(query, key.shape[2], hidden, valid, window, is_causal)
         is_causal = False
     out = _columns.over_heads(query, key, hidden, rows, scale, is_causal, softcap, heads, sinks, cache_heads)
     if reduce == "sum":
@@ -60,7 +60,7 @@ def reference(
     counted = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if rows is None else rows
     if reduce == "mean":
         return out / counted.sum(1).clamp(min=1)[:, None, None]
-    return out / _seeing(counted, key.shape[2], hidden, is_causal).clamp(min=1)[:, None]
+    return out / seeing(counted, key.shape[2], hidden, is_causal).clamp(min=1)[:, None]
 
 
 def _check(query: Tensor, valid: Tensor | None, window: int, cache_heads: int, reduce: str) -> None:
@@ -74,7 +74,7 @@ def _check(query: Tensor, valid: Tensor | None, window: int, cache_heads: int, r
         raise ValueError(f"{query.shape[1]} query heads do not divide among {cache_heads} cached heads")
 
 
-def _windowed(
+def windowed(
     query: Tensor, keys: int, hidden: Tensor | None, valid: Tensor | None, window: int, is_causal: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The last real queries [B, H, W, D], what is hidden from them, and bool [B, W]: which of them there are."""
@@ -113,7 +113,7 @@ def _pick(value: Tensor, index: Tensor) -> Tensor:
     return value.gather(2, index[:, None, :, None].expand(shape))
 
 
-def _seeing(counted: Tensor, keys: int, hidden: Tensor | None, is_causal: bool) -> Tensor:
+def seeing(counted: Tensor, keys: int, hidden: Tensor | None, is_causal: bool) -> Tensor:
     """float32 [B, Tk]: how many of the rows that count see each key."""
     rows = counted.to(torch.float32)
     if hidden is None and not is_causal:

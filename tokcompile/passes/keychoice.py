@@ -11,11 +11,13 @@ from torch.fx import Node
 
 from tokcompile.axes import resolve
 from tokcompile.budget import clamp
+from tokcompile.carried import evicted_name, padding_name
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context, oldest
 from tokcompile.passes.imagetokens import image_tokens
 from tokcompile.passes.keyscores import BlockScores, KeyScores
+from tokcompile.passes.keystate import KeyState, in_later_step, told_of_rows
 from tokcompile.steps import Select
 
 tokred = torch.ops.tokred
@@ -29,6 +31,8 @@ class BlockKeys:
     Attributes:
         padding, evicted: int64 [B], how many of them are padding, and how many others there were, where a later step
             cannot tell from its mask: where tokens were dropped before.
+        state: what later steps that evict too are told of the keys.
+        valid: bool [B, T], which of all keys are real; None: all are.
     """
 
     index: Node | None
@@ -36,6 +40,8 @@ class BlockKeys:
     count: Length
     padding: Node | None = None
     evicted: Node | None = None
+    state: KeyState = KeyState()
+    valid: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +75,54 @@ def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> 
             among = image if step.among == "image" else ctx.editor.call(aten.logical_not.default, image)
             others = images if step.among == "text" else ctx.editor.arithmetic(sub, total, images)
             count = ctx.editor.arithmetic(lambda some, rest: some + rest, budget, others)
-        valid = ctx.valid_mask(axis)
-        padding, evicted = _told(ctx, node, valid, total, count) if _shortened(ctx) else (None, None)
-        if isinstance(length_value(total), int) and length_value(total) == length_value(count):
-            return BlockKeys(None, total, count, padding, evicted)
-        index = ctx.editor.call(tokred.keep_keys.default, node, valid, among, int(step.sinks), int(step.recent), count)
-    return BlockKeys(index, total, count, padding, evicted)
+        valid, state = scores.valid, scores.state
+        if in_later_step(ctx):
+            padding, evicted = _told_again(ctx, scores, total, count)
+        else:
+            padding, evicted = _told(ctx, node, valid, total, count) if _shortened(ctx) else (None, None)
+        index = None
+        ends, turn = (int(step.sinks), int(step.recent)), None
+        if step.by == "pairwise":
+            turn, state = _turns(ctx, scores, total, count)
+        if turn is not None and not _same(total, count):
+            most = _most(ctx, scores, total, count)
+            index = ctx.editor.call(tokred.pairwise_keys.default, node, valid, turn, *ends, count, most)
+        elif not _same(total, count):
+            index = ctx.editor.call(tokred.keep_keys.default, node, valid, among, *ends, count)
+    return BlockKeys(index, total, count, padding, evicted, state, valid)
+
+
+def _turns(ctx: Context, scores: BlockScores, total: Length, count: Length) -> tuple[Node, KeyState]:
+    """int64 [B]: how many keys of each row were evicted before by turns, and what later steps are told of it."""
+    call, valid = ctx.editor.call, scores.valid
+    rows, device = ctx.editor.size(scores.node, 0), scores.node.meta["val"].device
+    if valid is None:
+        real = call(aten.full.default, [rows], total, dtype=torch.int64, device=device)
+    else:
+        real = call(aten.sum.dim_IntList, valid, [1])
+    gone = call(aten.clamp_min.default, call(aten.sub.Tensor, real, count), 0)
+    if not in_later_step(ctx):
+        return call(aten.zeros_like.default, gone), scores.state.with_rows(turn=gone)
+    before = told_of_rows(ctx, scores.block, scores.cache, "turn")
+    return before, scores.state.with_rows(turn=call(aten.add.Tensor, before, gone))
+
+
+def _most(ctx: Context, scores: BlockScores, total: Length, count: Length) -> int:
+    """How many keys a head may lose here."""
+    most = length_value(total) - length_value(count)
+    if in_later_step(ctx):
+        most = ctx.sites.stacks["decoder"].blocks[scores.block].attention.query.meta["val"].shape[-2]
+    if isinstance(most, int):
+        return most
+    raise EditError(
+        "pairs are compared one after the other, of a number of keys that is known when the graph is compiled",
+        found=str(most),
+        remedy="compile with dynamic=False, or choose by: topk",
+    )
+
+
+def _same(one: Length, other: Length) -> bool:
+    return isinstance(length_value(one), int) and length_value(one) == length_value(other)
 
 
 def _shortened(ctx: Context) -> bool:
@@ -97,6 +145,15 @@ def _told(ctx: Context, scores: Node, valid: Node | None, total: Length, count: 
     return call(aten.clamp_min.default, spare, 0), evicted
 
 
+def _told_again(ctx: Context, scores: BlockScores, total: Length, count: Length) -> tuple[Node | None, Node | None]:
+    """What a later step has been told of a cache, brought up to date; None for what it did not ask for."""
+    call, taken, gone = ctx.editor.call, ctx.program.taken, ctx.editor.arithmetic(sub, total, count)
+    padding, evicted = taken.get(padding_name(scores.block)), taken.get(evicted_name(scores.block))
+    if padding is not None:
+        padding = call(aten.clamp_min.default, call(aten.sub.Tensor, padding, gone), 0)
+    return padding, None if evicted is None else call(aten.add.Tensor, evicted, gone)
+
+
 def _budgets(ctx: Context, step: Select, scores: KeyScores) -> dict[int, Length]:
     """How many of the keys up for choice stay in each block."""
     found: dict[int, Length] = {}
@@ -106,7 +163,10 @@ def _budgets(ctx: Context, step: Select, scores: KeyScores) -> dict[int, Length]
             if step.among != "all":
                 images = image_tokens(ctx, each.axis, size, "row")
                 size = images if step.among == "image" else ctx.editor.arithmetic(sub, size, images)
-            found[index] = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
+            if in_later_step(ctx) and ctx.instance.is_share(step):
+                found[index] = ctx.editor.size(each.cache.past, 2)  # a share was one of the prompt's tokens
+            else:
+                found[index] = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
             _check_ends(ctx, step, found[index], size)
     taper = int(step.taper)
     if taper < 1:

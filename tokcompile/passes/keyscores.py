@@ -11,9 +11,17 @@ from torch.fx import Node
 from tokcompile.axes import Dim
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context
+from tokcompile.passes.keystate import (
+    KeyState,
+    attention_here,
+    evicts_later,
+    in_later_step,
+    seen_keys,
+    told_of_keys,
+)
 from tokcompile.program import place as node_place
-from tokcompile.sites import Block, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache
+from tokcompile.sites import Block, resolve_blocks, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache, handed_back, unturned
 from tokcompile.steps import Score
 
 aten = torch.ops.aten
@@ -22,10 +30,22 @@ tokred = torch.ops.tokred
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """Scores of one block's cache: float32 [B, H, T], a large one means keep, and the tokens that they are of."""
+    """Scores of one block's cache.
+
+    Attributes:
+        node: float32 [B, H, T], a large one means keep.
+        axis: the tokens that they are of.
+        block, cache: where they are of: the number of the block, and its cache.
+        valid: bool [B, T], which of them are real; None: all are.
+        state: what later steps are told of the keys that stay, if these evict too.
+    """
 
     node: Node
     axis: Dim
+    block: int
+    cache: Cache
+    valid: Node | None
+    state: KeyState
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +68,7 @@ def score_keys(ctx: Context, step: Score) -> None:
     """
     made, windowed = {}, []
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if cache.key.target is SHORTENED:
+        if unturned(cache.key).target is SHORTENED:
             raise EditError(
                 "keys of this cache were evicted before",
                 where=[f"decoder.{index}.cache"],
@@ -58,6 +78,7 @@ def score_keys(ctx: Context, step: Score) -> None:
             windowed.append(index)
             continue
         made[index] = _scored(ctx, step, index, block, cache)
+    windowed = sorted({*windowed, *_bounded(ctx, step)})
     if windowed and not made:
         raise EditError(
             "no cache can be shortened: every block attends in a window, which bounds its cache as it is",
@@ -74,17 +95,44 @@ def score_keys(ctx: Context, step: Score) -> None:
     ctx.log.append(record)
 
 
+def _bounded(ctx: Context, step: Score) -> list[int]:
+    """Blocks that hand back the keys of their window alone, of a prompt that is longer.
+
+    Raises:
+        EditError: a block without a window hands back a part of its keys.
+    """
+    outputs, found = ctx.program.output.all_input_nodes, []
+    for index, block in resolve_blocks(ctx.sites, step.at):
+        part = [] if block in ctx.sites.caches else handed_back(block, ctx.sites.reach, outputs)
+        if part and window_of(block.attention, ctx.sites.reach) is None:
+            raise EditError(
+                "the cache that this block hands back is not all of its keys and values",
+                where=[f"decoder.{index}.cache"],
+                found=str(tuple(part[0].meta["val"].shape)),
+                remedy="load the model with a DynamicCache",
+            )
+        found += [index] if part else []
+    return found
+
+
 def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:
     site, axes, call = block.attention, ctx.program.axes, ctx.editor.call
     axis = axes.of(cache.key)[2]
     with ctx.editor.after([site.node, cache.key, *ctx.sites.paddings.values()]):
-        valid = ctx.valid_mask(axis)
+        later, state = in_later_step(ctx), KeyState()
+        valid = seen_keys(ctx, block, cache) if later else ctx.valid_mask(axis)
         if step.by == "attention_received":
-            node = _received(ctx, step, block, cache, valid)
+            node, state = _received(ctx, step, index, block, cache, valid)
         elif step.by == "norm":
             node = call(aten.linalg_vector_norm.default, cache.key, float(step.p), [-1], dtype=torch.float32)
         elif step.by == "cosine":
             node = call(tokred.key_cosine.default, cache.key, valid)
+        elif step.by == "random" and (later or evicts_later(ctx, step.name)):
+            raise EditError(
+                "random scores of keys are drawn once, for those of the prompt",
+                found="an eviction at later steps",
+                remedy="when: prefill, or score by something else",
+            )
         elif step.by == "random":
             node = call(tokred.random_keys.default, cache.key, valid, int(step.seed) + (index << 32))
         elif step.by == "recency":
@@ -97,10 +145,13 @@ def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -
         if not step.largest:
             node = call(aten.neg.default, node)
     node.meta["scores"] = step.name
-    return BlockScores(node, axis)
+    return BlockScores(node, axis, index, cache, valid, state)
 
 
-def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node | None) -> Node:
+def _received(
+    ctx: Context, step: Score, index: int, block: Block, cache: Cache, valid: Node | None
+) -> tuple[Node, KeyState]:
+    """Attention that each key gets from the queries that count, and what of it is added up over steps."""
     site, call = block.attention, ctx.editor.call
     if site.partial:
         raise EditError(
@@ -111,13 +162,52 @@ def _received(ctx: Context, step: Score, block: Block, cache: Cache, valid: Node
     key = call(aten.transpose.int, site.key, -2, -1) if site.key_transposed else site.key
     window = {"all": 0, "last": 1}.get(step.queries)
     window = int(step.queries.removeprefix("last:")) if window is None else window
-    mask, sinks = ctx.attention_mask(site), ctx.attention_sinks(site)
-    heads = cache.key.meta["val"].shape[1]
-    how = (site.scale, site.is_causal, site.softcap, step.heads, step.reduce, *sinks)
-    node = call(tokred.key_attention.default, site.query, key, mask, valid, window, heads, *how)
+    (mask, is_causal), sinks = attention_here(ctx, block, cache), ctx.attention_sinks(site)
+    adds_up = step.accumulate and evicts_later(ctx, step.name)
+    reduce, state = "sum" if adds_up else step.reduce, KeyState()
+    rows = None if in_later_step(ctx) else valid
+    heads = 1 if step.shared else cache.key.meta["val"].shape[1]
+    how = (site.scale, is_causal, site.softcap, step.heads, reduce, *sinks)
+    node = call(tokred.key_attention.default, site.query, key, mask, rows, window, heads, *how)
+    if step.shared:
+        node = call(aten.expand.default, node, [ctx.editor.size(cache.key, dim) for dim in range(3)])
+    if adds_up:
+        seen = None
+        if step.reduce == "seen":
+            seen = call(tokred.key_viewers.default, site.query, key, mask, rows, window, is_causal)
+        node, state = _added_up(ctx, step, index, cache, node, seen)
     if int(step.smooth) == 1:
-        return node
-    return call(tokred.smooth_keys.default, node, valid, window, int(step.smooth), step.pool)
+        return node, state
+    return call(tokred.smooth_keys.default, node, valid, window, int(step.smooth), step.pool), state
+
+
+def _added_up(
+    ctx: Context, step: Score, index: int, cache: Cache, now: Node, seen: Node | None
+) -> tuple[Node, KeyState]:
+    """Scores of keys from all queries so far, and the sums that they are made of.
+
+    Args:
+        now: the attention of this graph's queries, float32 [B, H, T].
+        seen: how many of these see each key, float32 [B, T], for a mean over those.
+    """
+    if step.heads == "max":
+        raise EditError(
+            "the largest of several heads cannot be added up over steps",
+            found="heads: max",
+            remedy="heads: mean, or accumulate: false",
+        )
+    call, later = ctx.editor.call, in_later_step(ctx)
+    of_keys = {"attention": now}
+    if seen is not None:
+        sizes = [ctx.editor.size(cache.key, dim) for dim in range(3)]
+        of_keys["queries"] = call(aten.expand.default, call(aten.unsqueeze.default, seen, 1), sizes)
+    if later:
+        for name, value in list(of_keys.items()):
+            of_keys[name] = call(aten.add.Tensor, told_of_keys(ctx, index, cache, name), value)
+    score = of_keys["attention"]
+    if seen is not None:
+        score = call(aten.div.Tensor, score, call(aten.clamp_min.default, of_keys["queries"], 1))
+    return score, KeyState(of_keys)
 
 
 def _recency(ctx: Context, cache: Cache, valid: Node | None) -> Node:

@@ -28,6 +28,8 @@ _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
 SHORTENED = torch.ops.tokred.gather_keys.default
 """What an eviction puts on what is handed back; attention reads all of it."""
+TURNED = torch.ops.tokred.turn_keys.default
+"""What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Cache:
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     """The cache of a block; None when the graph neither returns nor reads one."""
-    shortened = {n.args[0]: n for n in outputs if n.target is SHORTENED}
+    shortened = {unturned(n).args[0]: n for n in outputs if unturned(n).target is SHORTENED}
     outputs = outputs | {n.args[0] for n in outputs if n.target in _CLEARED} | shortened.keys()
     key, past = _trace(block.attention.key, outputs)
     value, _ = _trace(block.attention.value, outputs)
@@ -82,8 +84,13 @@ def _is_latent(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4 and value.dtype.is_floating_point
 
 
+def unturned(node: Node) -> Node:
+    """A value before keys in it were numbered by rank."""
+    return node.args[0] if node.target is TURNED else node
+
+
 def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
-    while node.target in _VIEWS and node not in outputs:
+    while node.target in (*_VIEWS, TURNED) and node not in outputs:
         node = node.args[0]
     past = None
     if node.target is aten.cat.default:
@@ -94,7 +101,7 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
 
 def first_shortened(output: Node) -> Node | None:
     """A cache that an eviction shortened, among what a graph returns; None without one."""
-    return next((node for node in output.all_input_nodes if node.target is SHORTENED), None)
+    return next((node for node in output.all_input_nodes if unturned(node).target is SHORTENED), None)
 
 
 def handed_back(block: Block, reach: Reach, outputs: Iterable[Node]) -> list[Node]:
@@ -130,6 +137,6 @@ def key_heads(block: Block) -> int:
 
 
 def _source(node: Node) -> Node:
-    while node.target in _VIEWS:
+    while node.target in (*_VIEWS, TURNED):
         node = node.args[0]
     return node

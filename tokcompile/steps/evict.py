@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from tokcompile.fields import AddressText, Name, wrong
+from tokcompile.fields import AddressText, Name, one_of, wrong
 from tokcompile.steps.base import Step
 
 
 class Evict(Step):
-    """Shortens the caches that a prompt leaves: keys and values that a selection did not choose are freed."""
+    """Shortens caches, after the prompt or at every step: keys and values that a selection did not choose are freed."""
 
     verb = "evict"
     refers = {"keep": "select"}
@@ -19,6 +19,10 @@ class Evict(Step):
     """caches of the blocks: decoder.*.cache, or one block's: decoder.3.cache"""
     keep: Name
     """the selection, made at the same caches, that stays"""
+    when: one_of("prefill", "decode", "both") = "prefill"
+    """after the prompt, at every later step, or both: then the caches never hold more than the budget"""
+    positions: one_of("keep", "rank") = "keep"
+    """keep: keys stay at the positions that they had; rank: later queries see them as if they stood side by side"""
 
     @model_validator(mode="after")
     def _check(self) -> Evict:

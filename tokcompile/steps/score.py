@@ -36,6 +36,11 @@ class Score(Step):
     """neighbouring keys whose scores are pooled, an odd number (at a cache); the last queries' own keys are not"""
     pool: one_of("avg", "max") = "avg"
     """how neighbours are pooled (at a cache)"""
+    shared: Truth = False
+    """whether all cached heads of a block have the same scores, from all query heads (attention_received at a cache)"""
+    accumulate: Truth = True
+    """whether the attention of later steps is added to the prompt's, where these evict; else a step counts its own
+    queries alone (attention_received at a cache)"""
     to: Name | None = None
     """reference of a cosine: a tap, or cls, mean, last_text"""
     p: NormOrder = 2
@@ -50,7 +55,7 @@ class Score(Step):
         known_by(self, self.by)
         rows = ("attention_received",)
         users = {"queries": rows, "heads": rows, "reduce": rows, "to": ("cosine",), "p": ("norm",), "seed": ("random",)}
-        users |= {"smooth": rows, "pool": rows}
+        users |= {"smooth": rows, "pool": rows, "shared": rows, "accumulate": rows}
         refuses(self, {**users, "of": ("norm", "cosine", "random")}, self.by)
         if (self.at is None) == (self.of is None):
             raise wrong("a score needs one of 'at' and 'of'", "at: the address, or of: the name of a tap")
@@ -83,6 +88,6 @@ class Score(Step):
     def _check_not_cache(self) -> None:
         if self.by == "recency":
             raise wrong("'by: recency' scores keys of caches", "at: decoder.*.cache")
-        given = [name for name in ("smooth", "pool") if name in self.model_fields_set]
+        given = [name for name in ("smooth", "pool", "shared", "accumulate") if name in self.model_fields_set]
         if given or self.reduce == "seen":
             raise wrong(f"'{(given or ['reduce: seen'])[0]}' belongs to scores of caches", "at: decoder.*.cache")

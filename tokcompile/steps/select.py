@@ -19,9 +19,9 @@ class Select(Step):
     name: Name
     """name under which later steps use the selection"""
     by: str
-    """topk, neighbours, fill, protect, pooled, or the name of a plug-in"""
+    """topk, neighbours, fill, protect, pooled, pairwise (of caches), or the name of a plug-in"""
     scores: Name | None = None
-    """the scores that decide (topk, fill)"""
+    """the scores that decide (topk, fill, pairwise)"""
     among: one_of("image", "text", "all") = "image"
     """the tokens that may be chosen; all others stay"""
     keep: BudgetText | None = None
@@ -56,7 +56,7 @@ class Select(Step):
     @model_validator(mode="after")
     def _check(self) -> Select:
         known_by(self, self.by)
-        counted, stencil = ("topk", "fill"), ("neighbours",)
+        counted, stencil = ("topk", "fill", "pairwise"), ("neighbours",)
         sized = (*counted, "pooled")
         users = {"scores": counted, "keep": sized, "round": sized, "allow_zero": counted, "of": (*stencil, "pooled")}
         users |= {
@@ -65,12 +65,12 @@ class Select(Step):
             "first": ("fill",),
             "protect": ("protect",),
             "windows": ("topk",),
-            "sinks": ("topk",),
-            "recent": ("topk",),
+            "sinks": ("topk", "pairwise"),
+            "recent": ("topk", "pairwise"),
             "taper": ("topk",),
         }
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
-        required |= {"protect": ("protect",), "pooled": ("of", "keep")}
+        required |= {"protect": ("protect",), "pooled": ("of", "keep"), "pairwise": ("scores", "keep")}
         needs(self, required.get(self.by, ()), self.by)
         return self
