@@ -57,7 +57,12 @@ class RuleInstance:
 
     def resolve_only(self, steps: Sequence[Step], facts: Mapping[str, int]) -> list[Step]:
         """Apply the facts of a graph that lacks some of a model's, as a later step's does, to the steps given."""
-        values = {k: v for k, v in self.params.items() if not has_expression(v) and not isinstance(v, Budget)}
+        values = {}
+        for name, value in self.params.items():
+            if has_expression(value) and names_in(value) <= facts.keys():
+                value = self.rule.params[name].resolve(value, dict(facts))
+            if not has_expression(value) and not isinstance(value, Budget):
+                values[name] = value
         return [_resolve_step(step, {**facts, **values}, self.rule) for step in steps]
 
     def budget(self, step: Step, n: Any, facts: Mapping[str, int]) -> Any:

@@ -100,6 +100,11 @@ def evicted_name(block: int) -> str:
     return f"evicted_{block}"
 
 
+def given_name(rule: str, tokens: str) -> str:
+    """Under which name it is handed on how many tokens of an insert step each row was given later, int64 [B]."""
+    return f"given_{rule}_{tokens}"
+
+
 def hand_on(program: Program, name: str, value: Node) -> None:
     """Let a graph hand a value [B, ...] on to the steps that follow, where its caller can keep it."""
     if program.carried is not None:
@@ -127,6 +132,16 @@ def take(program: Program, name: str, like: torch.Tensor, what: str) -> Node:
     program.kinds[node] = "carried"
     program.taken[name] = node
     return node
+
+
+def length_of_call(program: Program) -> torch.SymInt:
+    """A size, 2 or more, of values that are taken: each call has its own, and the graph may assume nothing of it."""
+    shapes = program.fake_mode.shape_env
+    assert shapes is not None
+    with shapes.ignore_fresh_unbacked_symbols():
+        length = shapes.create_unbacked_symint()
+    torch._check(length >= 2)
+    return length
 
 
 def return_handed(program: Program) -> None:

@@ -113,7 +113,7 @@ def _edits(rule: RuleInstance, facts: Mapping[str, int]) -> list[Drop | Merge | 
         if isinstance(step, Drop | Merge):
             values = {f: str(substitute(getattr(step, f), known)) for f in ("at", "positions")}
             found.append(step.model_copy(update=values))
-        elif isinstance(step, Insert) and parse_address(step.at).stack in ("decoder", "embedding", "splice"):
+        elif isinstance(step, Insert) and step.into_text:
             given = {f: v for f, v in step.given().items() if has_expression(v)}
             step = step.model_copy(update={f: substitute(v, known) for f, v in given.items()})
             if step.cached:  # else no cache holds them, and the old tokens are as they were
@@ -234,17 +234,40 @@ def _compact(
     """
     blocks = sites.stacks["decoder"].blocks
     editor = Editor(program, instance.name, applied.counts)
-    region = set(sites.reach.forward(blocks[first].input)) - {program.output}  # which also returns earlier caches
+    region = region_of(program, sites, blocks[first].input)
     for rotary in sites.rotary["decoder"]:
         positions = rotary.positions
         with editor.after([positions]):
-            done = {positions: _positions(editor, sites, positions, places, first, evicted)}
-        for node in sorted(region - {blocks[first].input}, key=sites.reach.order.__getitem__):
-            for table in _tables(node, region, positions, sites):
-                with editor.before(node):
-                    editor.swap_input(node, table, recompute(editor, table, positions, done))
+            made = _positions(editor, sites, positions, places, first, evicted)
+        renumber(editor, sites, region, positions, made)
     applied.steps.append({"verb": "decode", "positions": "compact", "from_block": first})
     program.changed()
+
+
+def region_of(program: Program, sites: Sites, start: Node) -> list[Node]:
+    """The input of a block and what depends on it, but for the outputs of the graph, which also return earlier caches.
+
+    In graph order, the input first.
+    """
+    return sorted(set(sites.reach.forward(start)) - {program.output}, key=sites.reach.order.__getitem__)
+
+
+def renumber(
+    editor: Editor, sites: Sites, region: Sequence[Node], positions: Node, made: Node, tables: Sequence[Node] = ()
+) -> None:
+    """Compute the tables that blocks read from new positions.
+
+    Args:
+        region: see `region_of`.
+        tables: cosines and sines; only what is made of these, if there are any given.
+    """
+    done, inside = {positions: made}, set(region)
+    for node in region[1:]:
+        for table in _tables(node, inside, positions, sites):
+            if tables and not sites.reach.any_above(table, tables):
+                continue
+            with editor.before(node):
+                editor.swap_input(node, table, recompute(editor, table, positions, done))
 
 
 def _tables(node: Node, region: set[Node], positions: Node, sites: Sites) -> list[Node]:

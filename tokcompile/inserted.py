@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
 _SPREADS = {aten.expand.default, aten.broadcast_to.default}
-_FLAGGED = {torch.ops.tokred.flagged_tokens.default, torch.ops.tokred.add_tokens.default}
+_FLAGGED = {
+    torch.ops.tokred.flagged_tokens.default,
+    torch.ops.tokred.listed_tokens.default,
+    torch.ops.tokred.add_tokens.default,
+}
 _ATTENTIONS = {aten.scaled_dot_product_attention.default}
 
 

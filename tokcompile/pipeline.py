@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import tokcompile.kernels  # noqa: F401  registers the operators that passes insert
@@ -16,8 +16,10 @@ from tokcompile.decode import adapt_decode
 from tokcompile.dump import dump
 from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, EditError, TokredError
+from tokcompile.giventokens import follow_given
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
+from tokcompile.passes.insertplaces import Slots
 from tokcompile.passes.keyranks import PLACES, read_by_rank
 from tokcompile.passes.route import check_routes
 from tokcompile.program import Program, place
@@ -58,12 +60,15 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     if phase == "decode":
         known = facts(program, find_sites(program))
         adapt_decode(program, rules, known, done)
+        given = follow_given(program, rules, known, done)
         shortened = any(step.verb in ("drop", "merge", "evict") for instance in rules for step in instance.rule.steps)
-        for instance, applied in zip(rules, done, strict=True):
-            _turn_decode(program, instance, _goes_on, known, applied, shortened)
+        for instance, applied, own in zip(rules, done, given, strict=True):
+            on = [step for step in instance.rule.steps if _goes_on(step, own)]
+            _turn_decode(program, instance, on, known, applied, shortened, own)
             _evict_again(program, instance, known, applied)
         for instance, applied in zip(rules, done, strict=True):  # keys are chosen by what all rules make of them
-            _turn_decode(program, instance, _routes, known, applied, shortened)
+            routes = [step for step in instance.rule.steps if isinstance(step, Route)]
+            _turn_decode(program, instance, routes, known, applied, shortened, {})
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -126,17 +131,22 @@ def _check_order(program: Program, step: Step) -> None:
 def _turn_decode(
     program: Program,
     instance: RuleInstance,
-    goes_on: Callable[[Step], bool],
+    steps: Sequence[Step],
     known: dict[str, int],
     applied: Applied,
     shortened: bool,
+    given: Mapping[str, Slots],
 ) -> None:
-    """Carry out those steps of a rule that have something to do in each later step."""
-    steps = [step for step in instance.rule.steps if goes_on(step)]
+    """Carry out those steps of a rule that have something to do in each later step.
+
+    Args:
+        given: tokens that the rule puts into prompts, and that the caller puts into this step.
+    """
     if not steps:
         return
     editor = Editor(program, instance.name, applied.counts)
-    ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts, shortened=shortened)
+    ctx = Context(program, editor, find_sites(program), instance, dict(given), counts=applied.counts)
+    ctx.shortened = shortened
     for step in instance.resolve_only(steps, known):
         with _inside(instance, step):
             PASSES[step.verb](ctx, step)
@@ -175,13 +185,10 @@ def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int]
     applied.steps += ctx.log
 
 
-def _goes_on(step: Step) -> bool:
-    """Whether a step has something to do after a prompt: layers of inserted tokens have not, none is inserted there."""
-    return isinstance(step, Place | Rotate) or (isinstance(step, Layer) and step.by != "attention")
-
-
-def _routes(step: Step) -> bool:
-    return isinstance(step, Route)
+def _goes_on(step: Step, given: Mapping[str, Slots]) -> bool:
+    """Whether a step has something to do after a prompt: layers of inserted tokens have where the caller gives some."""
+    attends = isinstance(step, Layer) and step.by == "attention"
+    return step.of in given if attends else isinstance(step, Place | Rotate | Layer)
 
 
 def _patches(program: Program, sites: Sites, others: int) -> int | None:

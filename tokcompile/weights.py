@@ -47,6 +47,34 @@ class Weights(nn.Module):
             )
         return held[name]
 
+    def held(self, rule: str, name: str) -> nn.Parameter | None:
+        """Return a parameter; None where there is none yet."""
+        return dict(self.named_parameters()).get(f"{rule}.{name}")
+
+    def token(self, name: str, rows: int = 1) -> Tensor:
+        """The learned tokens of an insert step, to be given to a step after the prompt as its `inputs_embeds`.
+
+        Args:
+            name: `RULE.NAME` of the insert step: `meta_tokens.meta`.
+            rows: of the batch.
+
+        Returns:
+            [rows, M, C], without gradients; M is 1 where one vector is shared by all places.
+
+        Raises:
+            RuleError: there are none, or they are no tokens.
+        """
+        rule, _, part = name.partition(".")
+        found = self.held(rule, part)
+        if found is None or found.ndim != 2:
+            known = ", ".join(key for key, value in self.named_parameters() if value.ndim == 2) or "nothing yet"
+            raise RuleError(
+                f"'{name}' names no learned tokens",
+                found=f"weights that hold {known}",
+                remedy="RULE.NAME of an insert step with content: learned; run a prompt first, or load weights",
+            )
+        return found.detach().expand(rows, *found.shape)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         save_file({key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}, str(path))

@@ -1,4 +1,4 @@
-"""flagged_tokens and add_tokens: some tokens of each row taken out, and vectors added to them, against loops."""
+"""flagged_tokens and its like: some tokens of each row found, taken out, and added to, against loops."""
 
 from __future__ import annotations
 
@@ -59,12 +59,54 @@ def test_each_flagged_token_gets_its_vector_and_no_other_changes(
             number += flag
 
 
+@settings(max_examples=80)
+@given(flagged())
+def test_listed_tokens_tell_tokens_from_repetitions(made: tuple[torch.Tensor, int]) -> None:
+    flags, count = made
+    got = ops.listed_tokens(torch.zeros(*flags.shape, 1), flags, count)
+    assert got.tolist() == [[number < sum(own) for number in range(count)] for own in flags.tolist()]
+
+
+@each_dtype
+@settings(max_examples=60)
+@given(rows=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3))
+def test_a_token_matches_a_vector_in_every_number(dtype: torch.dtype, rows: list[list[int]]) -> None:
+    kinds = torch.tensor([[1.5, -2.0, 0.1], [1.5, -2.0, 0.1], [1.5, -2.0, 0.7], [float("nan"), 0.0, 0.0]]).to(dtype)
+    kinds[1, 2] = torch.nextafter(kinds[1, 2], torch.tensor(1.0, dtype=dtype)) if dtype == torch.float32 else 0.125
+    got = ops.matching_tokens(kinds[torch.tensor(rows)], kinds[[0, 2, 3]])
+    assert got.tolist() == [[kind in (0, 2) for kind in row] for row in rows]
+
+
+@each_dtype
+@settings(max_examples=60)
+@given(st.integers(1, 2), st.integers(0, 4), st.integers(1, 4), st.data())
+def test_attend_after_sees_what_may_be_seen(
+    dtype: torch.dtype, batch: int, past: int, new: int, data: st.DataObject
+) -> None:
+    """Also where nothing of the past may be: then the first new token sees itself alone."""
+    row = st.lists(st.booleans(), min_size=past, max_size=past)
+    seen = torch.tensor([data.draw(row) for _ in range(batch)], dtype=torch.bool).reshape(batch, past)
+    q, k, v = (torch.randn(batch, 2, n, 3).to(dtype) for n in (new, past + new, past + new))
+    got = ops.attend_after(q, k, v, seen)
+    assert got.dtype == dtype
+    for b in range(batch):
+        for h in range(2):
+            for i in range(new):
+                own = [j for j in range(past) if seen[b, j]] + list(range(past, past + i + 1))
+                shares = torch.stack([q[b, h, i].double() @ k[b, h, j].double() / 3**0.5 for j in own]).softmax(0)
+                expected = shares @ v[b, h, own].double()
+                assert torch.allclose(got[b, h, i].double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
 def test_gradients() -> None:
     flags = torch.tensor([[True, False, True, False], [False, True, False, False]])
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     more = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: ops.flagged_tokens(x, flags, x, 2), x)
     assert gradcheck(lambda x, more: ops.add_tokens(x, flags, more), (x, more))
+    past = torch.tensor([[True, False], [False, False]])
+    q, k, v = (torch.randn(2, 1, n, 2, dtype=torch.float64, requires_grad=True) for n in (2, 4, 4))
+    assert gradcheck(lambda q, k, v: ops.attend_after(q, k, v, past), (q, k, v))
     ops.add_tokens(x, flags, more).sum().backward()
     assert more.grad[1].tolist() == [[1.0] * 3, [0.0] * 3]  # the second row has one flagged token
 
@@ -80,3 +122,9 @@ def test_what_does_not_fit_is_refused(x: tuple[int, ...], flags: tuple[int, ...]
         ops.add_tokens(torch.zeros(2, 4, 3), torch.zeros(2, 4), torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match="choose nothing"):
         ops.flagged_tokens(torch.zeros(2, 5, 3), torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, 3), 2)
+    with pytest.raises(ValueError, match="no flags"):
+        ops.listed_tokens(torch.zeros(2, 5, 3), torch.zeros(2, 4, dtype=torch.bool), 2)
+    with pytest.raises(ValueError, match="no vectors"):
+        ops.matching_tokens(torch.zeros(2, 5, 3), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="must be three"):
+        ops.attend_after(*(torch.zeros(1, 1, 2, 3) for _ in range(3)), torch.zeros(1, 0))

@@ -192,6 +192,15 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 6, 2, 3), slots(b), floats(b, 6, 5)),
         lambda values, flags, like: ops.flagged_tokens(values, flags, like, 3),
     ),
+    "listed_tokens": (lambda b: (floats(b, 6, 5), slots(b)), lambda x, flags: ops.listed_tokens(x, flags, 3)),
+    "matching_tokens": (
+        lambda b: (floats(b, 6, 5).sign(), floats(b, 5).sign()),
+        lambda x, vectors: ops.matching_tokens(x, vectors),
+    ),
+    "attend_after": (
+        lambda b: (floats(b, 2, 3, 8), floats(b, 2, 9, 8), floats(b, 2, 9, 8).sin(), bools(b, 6)),
+        lambda q, k, v, seen: ops.attend_after(q, k, v, seen),
+    ),
     "add_tokens": (
         lambda b: (floats(b, 6, 5), slots(b), floats(b, 3, 5)),
         lambda x, flags, more: ops.add_tokens(x, flags, more),

@@ -82,6 +82,14 @@ def flagged_tokens(ctx: Context, node: Node) -> Dims:
     return [flags[0] or like[0] or value[0], fresh(shape(node)[1]), *value[2:]]
 
 
+def listed_tokens(ctx: Context, node: Node) -> Dims:
+    """tokred::listed_tokens: tokens that are counted anew."""
+    like, flags = (ctx.of(each) for each in node.args[:2])
+    for one, other in ((flags[1], like[1]), (flags[0], like[0])):
+        ctx.unify(node, one, other)
+    return [flags[0] or like[0], fresh(shape(node)[1])]
+
+
 def add_tokens(ctx: Context, node: Node) -> Dims:
     """tokred::add_tokens: the sequence as it was."""
     dims, flags, more = (list(ctx.of(each)) for each in node.args[:3])
@@ -263,6 +271,9 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "end_places": end_places,
     "insert_tokens": insert_tokens,
     "flagged_tokens": flagged_tokens,
+    "listed_tokens": listed_tokens,
+    "matching_tokens": leading(2),
+    "attend_after": like_first,
     "add_tokens": add_tokens,
     "mark_slots": mark_slots,
     "slot_source": slot_source,

@@ -10,6 +10,7 @@ if __name__ == "tokcompile.kernels":
     from .alike import alike
     from .assign_keys import assign_keys
     from .attend import attend
+    from .attend_after import attend_after
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -45,11 +46,13 @@ if __name__ == "tokcompile.kernels":
     from .key_votes import key_votes
     from .kmeans_assign import kmeans_assign
     from .last_valid import last_valid
+    from .listed_tokens import listed_tokens
     from .long_runs import long_runs
     from .mark_slots import mark_slots
     from .mark_tokens import mark_tokens
     from .masked_mean import masked_mean
     from .match_pairs import match_pairs
+    from .matching_tokens import matching_tokens
     from .mean_query import mean_query
     from .merge_clips import merge_clips
     from .merge_keys import merge_keys
@@ -95,6 +98,7 @@ __all__ = [
     "alike",
     "assign_keys",
     "attend",
+    "attend_after",
     "attention",
     "attention_received",
     "attention_row",
@@ -131,12 +135,14 @@ __all__ = [
     "key_votes",
     "kmeans_assign",
     "last_valid",
+    "listed_tokens",
     "long_runs",
     "mark_slots",
     "mark_tokens",
     "masked_mean",
     "match_pairs",
     "mean_query",
+    "matching_tokens",
     "merge_clips",
     "merge_keys",
     "merge_pairs",

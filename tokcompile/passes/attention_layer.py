@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim
 from tokcompile.errors import EditError
+from tokcompile.passes.attention_cache import AttentionCache
 from tokcompile.passes.context import Context
 from tokcompile.passes.insertplaces import Slots
 from tokcompile.passes.learned import Learned
@@ -34,13 +35,19 @@ def add_attention(ctx: Context, step: Layer, record: dict[str, object]) -> None:
     Which rows are inserted is read from their flags in each block, so that edits of other rules, before or after, may
     leave fewer of them.
 
+    A step after the prompt that is given more of these tokens lets them attend to those of the prompt, whose keys and
+    values are kept beside the model's own cache.
+
     Raises:
         EditError: the tokens are not there, or the blocks have no layout that is known.
     """
     slots: Slots = ctx.values[step.of]
     places = resolve_every(ctx.sites, step.at)
     record["of"] = step.of
+    cache = AttentionCache(ctx, step.name)
     if slots.fresh is None:
+        if cache.kept:
+            _begin_empty(ctx, step, places, cache)
         record |= {"blocks": 0, "note": f"'{step.of}' inserts no tokens: no edit"}
         return
     chosen = _blocks(ctx, step, places, slots)
@@ -50,8 +57,18 @@ def add_attention(ctx: Context, step: Layer, record: dict[str, object]) -> None:
         return
     rotations = find_rotations(ctx.program, ctx.sites, chosen[0].owner)
     flags: dict[Dim, Node] = {}
-    record["parameters"] = sum(_add(ctx, step, place, slots, rotations, flags) for place in chosen)
+    record["parameters"] = sum(_add(ctx, step, place, slots, rotations, flags, cache) for place in chosen)
     ctx.refresh()
+
+
+def _begin_empty(ctx: Context, step: Layer, places: list[Place], cache: AttentionCache) -> None:
+    """Tell the steps after a prompt without tokens that there are none: they may be given some."""
+    count = len(places) if step.blocks is None else int(step.blocks)
+    for place in places[:count]:
+        if place.owner == "decoder" and _rank(place) == 3:
+            _, heads, _, width = _site(ctx, place).query.meta["val"].shape
+            with ctx.editor.after([place.node]):
+                cache.begin_empty(place.block or 0, heads, width, place.node)
 
 
 def _blocks(ctx: Context, step: Layer, places: list[Place], slots: Slots) -> list[Place]:
@@ -107,10 +124,13 @@ def _add(
     slots: Slots,
     rotations: dict[Attention, Rotation],
     flags: dict[Dim, Node],
+    cache: AttentionCache,
 ) -> int:
     """Put the layer in at one place, and return how many parameters it has; blocks of the same tokens share flags."""
     node, site, call = place.node, _site(ctx, place), ctx.editor.call
     users = [u for u in node.users if u.target not in SIZES]
+    _, heads, _, width = site.query.meta["val"].shape
+    past = cache.past(place.block or 0, heads, width, node)
     rotation = rotations.get(site)
     needed: list[Node] = [node, slots.fresh, *([slots.count] if isinstance(slots.count, Node) else [])]
     if rotation is not None:
@@ -118,11 +138,16 @@ def _add(
     with ctx.editor.after(needed):
         axis = ctx.program.axes.of(node)[1]
         if axis not in flags:
-            flags[axis] = _flags(ctx, slots.fresh, axis)
+            flags[axis] = slots.fresh if cache.later else _flags(ctx, slots.fresh, axis)
         learned = Learned(ctx.editor, f"{step.name}_{place.block}", node, float(step.std))
         rows = call(tokred.flagged_tokens.default, node, flags[axis], node, slots.count)
         turning = Turning(ctx.editor, rotation, flags[axis], node, slots.count)
-        more = _attention(ctx, learned, learned.norm(step.norm, rows), site, turning)
+        query, key, value = _heads(ctx, learned, learned.norm(step.norm, rows), site, turning)
+        handed = cache.later or cache.kept
+        seen = call(tokred.listed_tokens.default, node, flags[axis], slots.count) if handed else None
+        out = cache.attend(place.block or 0, past, query, key, value, seen)
+        out = call(aten.flatten.using_ints, call(aten.transpose.int, out, 1, 2), 2, 3)
+        more = learned.linear("output", out, int(node.meta["val"].shape[-1]), fill=0.0)
         added = call(tokred.add_tokens.default, node, flags[axis], more, name=step.name)
     for user in users:
         ctx.editor.swap_input(user, node, added)
@@ -136,16 +161,14 @@ def _flags(ctx: Context, fresh: Node, axis: Dim) -> Node:
     return flags if valid is None else ctx.editor.call(aten.logical_and.default, flags, valid)
 
 
-def _attention(ctx: Context, learned: Learned, rows: Node, site: Attention, turning: Turning) -> Node:
-    """[B, M, C]: what M tokens that see those before them give."""
+def _heads(ctx: Context, learned: Learned, rows: Node, site: Attention, turning: Turning) -> list[Node]:
+    """Queries, keys and values of M tokens, [B, H, M, D] each."""
     call = ctx.editor.call
     _, heads, _, width = site.query.meta["val"].shape
-    inner = []
+    made = []
     for part in ("query", "key", "value"):
         each = learned.linear(part, rows, heads * width)
         each = call(aten.unflatten.int, each, -1, [heads, width])
         each = each if part == "value" else turning.turn(each)
-        inner.append(call(aten.transpose.int, each, 1, 2))
-    out = call(aten.scaled_dot_product_attention.default, *inner, None, 0.0, True)
-    out = call(aten.flatten.using_ints, call(aten.transpose.int, out, 1, 2), 2, 3)
-    return learned.linear("output", out, int(rows.meta["val"].shape[-1]), fill=0.0)
+        made.append(call(aten.transpose.int, each, 1, 2))
+    return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.edit import Length, length_value
+from tokcompile.carried import given_name, hand_on
+from tokcompile.edit import Editor, Length, length_value
 from tokcompile.errors import EditError
 from tokcompile.inserted import originals
 from tokcompile.passes.context import Context
@@ -39,6 +40,7 @@ def insert(ctx: Context, step: Insert) -> None:
         record = {"verb": "insert", "at": step.at, "name": step.name, "where": step.where}
         ctx.values[step.name] = slots
         ctx.log.append({**record, "from": str(length_value(old)), "to": str(length_value(slots.new))})
+        _count_given(ctx, step, node)
         if slots.fresh is None:
             _check_nothing(step, place)
             return
@@ -86,6 +88,15 @@ def _until(ctx: Context, step: Insert, place: Place) -> Node | None:
 def _check_nothing(step: Insert, place: Place) -> None:
     if step.readout == "tokens":
         raise EditError("no tokens are inserted, and so none can be read out", where=[place.address], remedy="count: 1")
+
+
+def _count_given(ctx: Context, step: Insert, node: Node) -> None:
+    """Hand on that no later step gave a row any of these tokens yet, where positions of its text pass them over."""
+    program, counts = ctx.program, step.into_text and step.positions == "keep" and step.content == "learned"
+    if counts and program.carried is not None and ctx.sites.caches:
+        rows = ctx.editor.size(node, 0)
+        none = ctx.editor.call(aten.new_zeros.default, node, [rows], dtype=torch.int64)
+        hand_on(program, given_name(ctx.editor.rule, step.name), none)
 
 
 def _map(
@@ -137,14 +148,19 @@ def _content(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node |
             where=[step.at],
             remedy="`shared: true`, one vector for all places; or compile with a static length",
         )
+    return editor.call(aten.unsqueeze.default, learned_tokens(editor, step, count, value), 0)
+
+
+def learned_tokens(editor: Editor, step: Insert, count: int, like: torch.Tensor) -> Node:
+    """[M, C]: the parameter that holds a step's tokens; `like` is what they are put into."""
+    width = int(like.shape[-1])
 
     def make() -> torch.Tensor:
         rng = torch.Generator().manual_seed(0)
         drawn = torch.randn(count, width, generator=rng) * float(step.std)
-        return drawn.to(device=value.device, dtype=value.dtype)
+        return drawn.to(device=like.device, dtype=like.dtype)
 
-    held = editor.parameter(step.name, (count, width), make)
-    return editor.call(aten.unsqueeze.default, held, 0)
+    return editor.parameter(step.name, (count, width), make)
 
 
 def _own(ctx: Context, step: Insert, node: Node, slots: Slots, valid: Node | None) -> Node:

@@ -18,7 +18,7 @@ def layer(ctx: Context, step: Layer) -> None:
 
     A graph that continues a prompt has no projector, unless the text has further images.
     """
-    if ctx.sites.phase == "decode" and ctx.sites.projector is None:
+    if step.by == "gated" and ctx.sites.phase == "decode" and ctx.sites.projector is None:
         return
     record: dict[str, object] = {"verb": "layer", "at": step.at, "by": step.by, "name": step.name}
     ctx.log.append(record)

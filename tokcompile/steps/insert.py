@@ -61,6 +61,11 @@ class Insert(Step):
     normalise: one_of("none", "l2") = "none"
     """l2: what is read out has length 1 (each vector)"""
 
+    @property
+    def into_text(self) -> bool:
+        """Whether the sequence is a text, which later steps continue."""
+        return parse_address(self.at).stack in ("decoder", "embedding", "splice")
+
     @model_validator(mode="after")
     def _check(self) -> Insert:
         single_part(self, ("input", "output", "middle"), "an insertion")
