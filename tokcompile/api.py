@@ -77,17 +77,18 @@ def compile(
     imagesizes.install(model)
     steps = [step for instance in parsed for step in instance.rule.steps]
     evicts = any(isinstance(s, Evict) or (isinstance(s, Merge) and s.of_caches) for s in steps)
+    later = any(isinstance(s, Evict) and s.when != "prefill" for s in steps)
     counted = any(step.verb in _COUNTED for step in steps)
     if counted or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
-        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, evicts)
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, evicts, later)
     return model
 
 
 class _Around:
     """A compiled call: inputs are prepared before it, tokens and caches counted, and what it carries is kept."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried, evicts: bool) -> None:
-        self.model, self.compiled, self.carried, self.evicts = model, compiled, carried, evicts
+    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried, evicts: bool, later: bool) -> None:
+        self.model, self.compiled, self.carried, self.evicts, self.later = model, compiled, carried, evicts, later
         self.names = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +102,7 @@ class _Around:
         cache = getattr(out, "past_key_values", None)
         self.carried.after(cache)
         slidingcache.recount(cache)
-        seen.note(cache, given, before, self.evicts)
+        seen.note(cache, given, before, self.evicts, self.later)
         return out
 
 

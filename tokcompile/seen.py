@@ -40,7 +40,7 @@ def check(cache: Any, given: Mapping[str, Any]) -> None:
         )
 
 
-def note(cache: Any, given: Mapping[str, Any], before: int, evicts: bool) -> None:
+def note(cache: Any, given: Mapping[str, Any], before: int, evicts: bool, later: bool = False) -> None:
     """Note on a cache what it lacks of the tokens that its conversation has seen.
 
     Args:
@@ -48,6 +48,7 @@ def note(cache: Any, given: Mapping[str, Any], before: int, evicts: bool) -> Non
         given: arguments of the call.
         before: tokens that were seen before it.
         evicts: whether a prompt's keys are evicted; such a cache is cropped down to its prompt, and no further.
+        later: whether later steps evict, too; such a cache cannot be cropped at all.
     """
     tokens, held = _tokens(given), _held(cache)
     if tokens is None or not held:
@@ -56,7 +57,7 @@ def note(cache: Any, given: Mapping[str, Any], before: int, evicts: bool) -> Non
     if evicts and not before:
         setattr(cache, _PROMPT, tokens)
         if "crop" not in vars(cache):  # what is carried beside a cache may refuse all crops
-            cache.crop = MethodType(_crop, cache)
+            cache.crop = MethodType(_no_crop if later else _crop, cache)
 
 
 def _crop(cache: Any, tokens_to_remove: int) -> Any:
@@ -69,6 +70,15 @@ def _crop(cache: Any, tokens_to_remove: int) -> Any:
             remedy="generate without an assistant, or start from a copy of the cache as it was",
         )
     return type(cache).crop(cache, tokens_to_remove)
+
+
+def _no_crop(cache: Any, tokens_to_remove: int) -> Any:
+    del cache
+    raise TokredError(
+        "a cache whose keys are evicted at every step cannot be cropped: what is taken back had a say in what stays",
+        found=f"crop({tokens_to_remove})",
+        remedy="generate without an assistant, or start from a copy of the cache as it was",
+    )
 
 
 def seen_before(cache: Any) -> int:

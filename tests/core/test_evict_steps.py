@@ -224,6 +224,7 @@ WRONG = {
     "among": ({"scores": "by: norm"}, {"among": "image"}, "both", "among: image"),
     "taper": ({"scores": "by: norm"}, {"among": "all", "taper": 2}, "both", "taper: 2"),
     "share": ({"scores": "by: norm"}, {"among": "all", "keep": 0.5}, "decode", "keep: 0.5"),
+    "joined": ({"scores": "by: joined, scores: [one]"}, {"among": "all"}, "both", "by: joined"),
     "pairs": ({"scores": "by: norm"}, {"among": "all", "by": "pairwise"}, "decode", "by: pairwise"),
     "luck": ({"scores": "by: random"}, {"among": "all"}, "both", "an eviction at later steps"),
     "largest head": ({"scores": "by: attention_received, heads: max"}, {"among": "all"}, "both", "heads: max"),
@@ -239,6 +240,7 @@ def test_what_later_steps_cannot_do_is_refused_at_the_prompt(name: str, tmp_path
 rule: wrong
 about: Cannot be done.
 steps:
+  - score: {{name: one, by: norm, at: "decoder.*.cache"}}
   - score: {{name: sizes, {score["scores"]}, at: "decoder.*.cache"}}
   - select: {{name: kept, scores: sizes, {fields}}}
   - evict: {{at: "decoder.*.cache", keep: kept, when: {when}}}
@@ -254,6 +256,17 @@ def test_prompts_of_many_lengths_cannot_share_a_graph_of_pairs() -> None:
     with pytest.raises(Exception, match="pairs are compared one after the other") as caught:
         prune(model, dynamic=True, **options("treekv"))(**fleet.example(model, 1, text=25))
     assert "dynamic=False" in refusal(caught.value).remedy
+
+
+@pytest.mark.parametrize("rule", ["streamingllm-keep", "h2o"])
+def test_tokens_that_had_a_say_cannot_be_taken_back(rule: str) -> None:
+    """One of these caches carries sums, the other carries nothing."""
+    model = fleet.build("llama")
+    tokcompile.compile(model, target="eager", **options(rule))
+    cache = model.generate(**fleet.example(model, 1, text=25), **greedy(2)).past_key_values
+    tokcompile.restore(model)
+    with pytest.raises(tokcompile.TokredError, match="cannot be cropped"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("when", ["prefill", "both"])
