@@ -36,7 +36,7 @@ class Seen:
 
 @contextmanager
 def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> Iterator[list[Seen]]:
-    """Let a model attend by written-out attention that remembers what it was given, in order of the layers.
+    """Let a model's text attend to itself by attention that remembers what it was given, in order of the layers.
 
     Args:
         stay: for each layer the prompt's keys that later queries see, bool [B, Hkv, prompt].
@@ -63,8 +63,8 @@ def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> 
             logits = torch.tanh(logits / softcap) * softcap
         if attention_mask is not None:
             logits = logits + attention_mask[..., : keys.shape[2]]
-        causal = getattr(module, "is_causal", True)
-        if stay and causal:
+        own = query.shape[2] == key.shape[2]
+        if stay and own:
             seen = stay[len(calls)].repeat_interleave(groups, 1)[:, :, None]
             logits[:, :, prompt:, :prompt] = logits[:, :, prompt:, :prompt].masked_fill(~seen, -torch.inf)
         if s_aux is not None:
@@ -72,18 +72,20 @@ def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> 
             weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
         else:
             weights = logits.softmax(-1)
-        if causal and query.shape[2] == key.shape[2]:
+        if own:
             calls.append(Seen(query, key, weights, value))
         return (weights.to(values.dtype) @ values).transpose(1, 2).contiguous(), weights
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    text: Any = next(m for m in model.modules() if getattr(m, "config", None) is config)
+    before = config._attn_implementation
+    text.set_attn_implementation(NAME)
     try:
         yield calls
     finally:
-        model.set_attn_implementation(before)
+        text.set_attn_implementation(before)
 
 
 def votes(seen: Seen, row: int, places: list[int], window: int, kernel: int = 1, pool: str = "avg") -> Heads:

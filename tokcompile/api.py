@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-from tokcompile import attention, imagesizes, slidingcache
+from tokcompile import attention, imagesizes, seen, slidingcache
 from tokcompile.capture import from_export
 from tokcompile.carried import Carried
-from tokcompile.dynamo import install_hooks, prepare
+from tokcompile.dynamo import install_hooks, know_caches, prepare
 from tokcompile.errors import RuleError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
-from tokcompile.steps import Evict, Merge
 from tokcompile.weights import Weights
 
 _BEFORE = "_tokcompile_attention_before"
 _WEIGHTS = "tokred"
+_COUNTED = {"drop", "merge", "mark", "insert", "evict", "place", "rotate"}
+"""Verbs after whose prompt a cache alone does not say how many tokens there were, or where they stood."""
 
 
 def compile(
@@ -70,33 +71,34 @@ def compile(
     weights = Weights() if weights is None else weights
     model.add_module(_WEIGHTS, weights)
     carried = Carried()
-    kept = {"target": target, "weights": weights, "carried": carried}
+    kept = {"target": target, "weights": weights, "carried": carried, "masks": before is not None}
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
-    steps = [step for instance in parsed for step in instance.rule.steps]
-    verbs = {step.verb for step in steps if not (isinstance(step, Merge) and step.of_caches)}
-    later = any(isinstance(step, Evict) and step.when != "prefill" for step in steps)
-    carries = later or verbs & {"place", "rotate"} or ("evict" in verbs and verbs & {"drop", "merge"})
-    if carries or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
-        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried)
+    verbs = {step.verb for instance in parsed for step in instance.rule.steps}
+    if verbs & _COUNTED or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, "evict" in verbs)
     return model
 
 
 class _Around:
-    """A compiled call, with the inputs prepared before it, the cache counted after it, and what it carries kept."""
+    """A compiled call: inputs are prepared before it, tokens and caches counted, and what it carries is kept."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried) -> None:
-        self.model, self.compiled, self.carried = model, compiled, carried
+    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried, evicts: bool) -> None:
+        self.model, self.compiled, self.carried, self.evicts = model, compiled, carried, evicts
         self.names = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self.names, args, strict=False))
         given = imagesizes.precompute(self.model, named | kwargs)
-        self.carried.before(given.get("past_key_values"))
+        past = given.get("past_key_values")
+        seen.check(past, given)
+        before = seen.seen_before(past)
+        self.carried.before(past)
         out = self.compiled(**given)
         cache = getattr(out, "past_key_values", None)
         self.carried.after(cache)
         slidingcache.recount(cache)
+        seen.note(cache, given, before, self.evicts)
         return out
 
 
@@ -107,7 +109,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         attention.restore(model, before)
     imagesizes.restore(model)
     model._modules.pop(_WEIGHTS, None)
-    model._compiled_call_impl = None
+    model.__dict__.pop("_compiled_call_impl", None)
     return model
 
 
@@ -116,12 +118,15 @@ def export(
 ) -> torch.export.ExportedProgram:
     """Export a model that `rewrite` takes, also one whose own code cannot be exported because of its images' sizes.
 
+    What it hands back as a cache may be a DynamicCache, which transformers is asked to make known to torch.export.
+
     Args:
         model: an unmodified model in eval mode; it stays as it is.
         inputs: keyword arguments of its forward. The program takes `precompute(model, inputs)`.
         dynamic_shapes: as for torch.export.export, for those.
     """
     install_hooks(model.modules())
+    know_caches(model)
     with torch.no_grad(), imagesizes.packed(model):
         given = imagesizes.precompute(model, inputs)
         return torch.export.export(model, (), given, dynamic_shapes=dynamic_shapes, strict=False)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-import tokcompile.kernels  # noqa: F401  registers tokred::attention
 from tokcompile.errors import CaptureError
+from tokcompile.kernels.attention import seen_keys  # which registers tokred::attention
 
 NAME = "tokred"
 
@@ -22,7 +22,7 @@ def install(model: torch.nn.Module) -> str | None:
     """Let a transformers model use the implementation.
 
     Returns:
-        The implementation that the model used before, None when it is not a transformers model or chooses none.
+        The implementation that the model used before, None when it is not a transformers model or cannot choose one.
 
     Raises:
         CaptureError: the model masks attention in a way that this implementation does not carry.
@@ -34,8 +34,7 @@ def install(model: torch.nn.Module) -> str | None:
     if before != "sdpa" or _windowed(text):
         return None
     _register()
-    _set(model, text, NAME)
-    return before
+    return before if _set(model, text, NAME) else None
 
 
 def restore(model: torch.nn.Module, before: str) -> None:
@@ -43,18 +42,24 @@ def restore(model: torch.nn.Module, before: str) -> None:
     _set(model, model.config.get_text_config(), before)
 
 
-def _set(model: torch.nn.Module, text: Any, name: str) -> None:
+def _set(model: torch.nn.Module, text: Any, name: str) -> bool:
+    """Set an implementation; False where the model has an attention of its own, which cannot be chosen."""
     # Only the text model's: a vision tower has no cache, and keeps its own.
     for module in model.modules():
         if getattr(module, "config", None) is text and hasattr(module, "set_attn_implementation"):
+            if not module._can_set_attn_implementation():
+                return False
             module.set_attn_implementation(name)
-            return
+            return True
     raise CaptureError("the text model of this model was not found", found=type(model).__name__)
 
 
 def _windowed(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
+    """Whether no layer attends to all keys, or one in a way that is neither this nor a window's."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return getattr(config, "sliding_window", None) is not None
+    return "full_attention" not in kinds or not {*kinds} <= {"full_attention", "sliding_attention"}
 
 
 def _register() -> None:
@@ -83,6 +88,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: query [B, H, Tq, D], result [B, Tq, H, D] and no weights."""
@@ -92,6 +98,10 @@ def _attend(
     if attention_mask is None and causal and queries != 1 and queries != keys:
         # Without a mask, fused attention would take the first key for the first query's own.
         attention_mask = torch.ones(query.shape[0], keys, dtype=torch.bool, device=query.device)
+    if position_bias is not None:
+        kwargs["position_bias"] = position_bias
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = seen_keys(attention_mask, query.shape[2], key.shape[2], causal)
     if attention_mask is not None and attention_mask.dim() == 2:
         out = torch.ops.tokred.attention(query, key, value, attention_mask, scale, causal)
         return out.transpose(1, 2).contiguous(), None

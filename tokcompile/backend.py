@@ -13,17 +13,17 @@ from tokcompile.applied import Applied
 from tokcompile.capture import from_dynamo
 from tokcompile.carried import carry
 from tokcompile.dynamo import prepare
-from tokcompile.errors import RuleError, TokredError
+from tokcompile.errors import EditError, RuleError, TokredError
 from tokcompile.lower import TARGETS, lower
 from tokcompile.pieces import pieces_of, rules_here
 from tokcompile.pipeline import apply_rules
-from tokcompile.program import Program
+from tokcompile.program import Program, place
 from tokcompile.recording import Recording, record, replay
 from tokcompile.rulefile import parse_rules, rule_names
-from tokcompile.sites import find_sites
+from tokcompile.sites import find_sites, window_of
 from tokcompile.weights import Weights
 
-RESERVED = ("target", "record", "replay", "report", "weights", "carried")
+RESERVED = ("target", "record", "replay", "report", "weights", "carried", "masks")
 """Options that are not a rule's parameters."""
 
 # torch.compile imports this module when it looks the backend up, which is before it traces anything.
@@ -47,7 +47,7 @@ def tokred(
         example_inputs: its example inputs.
         options: `rule` with its parameters, or `rules`; `target` (`inductor`, `eager`, `aot_eager`); `record` and
             `replay` (a `Recording`); `report` (a `Report`); `weights` (`Weights`, or a safetensors file of them);
-            `carried` (a `Carried`, which `tokcompile.compile` keeps on caches).
+            `carried` and `masks` (a `Carried` that `tokcompile.compile` keeps on caches, and whether it brought masks).
         mode: not used; torch.compile passes it on.
 
     Raises:
@@ -74,7 +74,7 @@ def tokred(
         applied = apply_rules(program, rules)
     except TokredError as error:
         raise error.inside(pieces.explain()) if pieces.split else error from None
-    _warn_of_masks(program, applied)
+    _check_masks(program, applied, options.get("masks"))
     if options.get("report") is not None:
         options["report"].graphs.append(applied)
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled  # noqa: E731
@@ -101,20 +101,40 @@ def _weights(given: Any) -> Weights:
     return given
 
 
-def _warn_of_masks(program: Program, applied: Sequence[Applied]) -> None:
-    """Say before `generate` fails in Dynamo that its one mask will not fit all layers."""
-    if applied[0].phase != "prefill":
+def _check_masks(program: Program, applied: Sequence[Applied], brought: bool | None) -> None:
+    """Say before `generate` fails in Dynamo that its one mask will not fit all layers.
+
+    Args:
+        brought: whether `tokcompile.compile` brought masks that fit; None when it was not called.
+
+    Raises:
+        EditError: caches that an eviction left, for nothing but later steps, and which no call of ours would fit.
+    """
+    if applied[0].phase != "prefill" or brought:
         return
     sites = find_sites(program)
-    own = [c.key for block, c in sites.caches.items() if sites.reach.above(block.input, c.key)]
-    lengths = {str(key.meta["val"].shape[2]) for key in own}
-    if len(lengths) > 1 and any(b.attention.mask is not None for b in sites.caches):
-        warnings.warn(
-            f"rule '{applied[0].rule}' leaves layers with caches of {' and '.join(sorted(lengths))} tokens under a "
-            "padding mask. One forward is right; to go on from these caches (generate), compile with "
-            "tokcompile.compile(model, rule=...), which brings a mask that fits every layer",
-            stacklevel=2,
+    own = {b: c.key for b, c in sites.caches.items() if sites.reach.above(b.input, c.key)}
+    # Blocks that attend in a window have a mask of their own.
+    whole = {b: key for b, key in own.items() if window_of(b.attention, sites.reach) is None}
+    lengths = {str(key.meta["val"].shape[2]) for key in (whole or own).values()}
+    if len(lengths) < 2 or all(block.attention.mask is None for block in sites.caches):
+        return
+    left = f"caches of {' and '.join(sorted(lengths))} tokens"
+    evicted = any(step["verb"] == "evict" for rule in applied for step in rule.steps)
+    if brought is False and evicted:
+        block = next(iter(own))
+        raise EditError(
+            "the caches of this model cannot differ in length: it makes one mask for all of its layers",
+            where=[place(block.attention.node)],
+            found=left,
+            remedy="give all blocks the same budget, or use attn_implementation='sdpa' where the model has it",
         )
+    warnings.warn(
+        f"rule '{applied[0].rule}' leaves layers with {left} under a "
+        "padding mask. One forward is right; to go on from these caches (generate), compile with "
+        "tokcompile.compile(model, rule=...), which brings a mask that fits every layer",
+        stacklevel=2,
+    )
 
 
 __all__ = ["RESERVED", "TARGETS", "Report", "tokred"]

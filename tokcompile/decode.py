@@ -25,6 +25,7 @@ from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding, told
+from tokcompile.placetables import counted_rows
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, find_sites, resolve_caches, window_of
@@ -208,6 +209,14 @@ def _check_given(program: Program, sites: Sites, instance: RuleInstance, step: S
                 found="neither position_ids nor attention_mask is given",
                 remedy="pass position_ids (of the sequence as it was), as model.generate does",
             )
+    counted = counted_rows(program, sites)
+    if counted is not None:
+        raise CaptureError(
+            f"rule '{instance.name}' changed the prompt's tokens, and this step counts its position from the cache",
+            where=[f"{instance.rule.path}:{step.line}", place(counted)],
+            found="rows of a table of positions, which position_ids do not pick",
+            remedy="pass position_ids (of the sequence as it was), as model.generate does where a model takes them",
+        )
 
 
 def _compact(

@@ -97,6 +97,14 @@ def _installs_hooks(model: torch.nn.Module) -> bool:
     return False
 
 
+def know_caches(model: torch.nn.Module) -> None:
+    """Make DynamicCache known to torch.export, as transformers itself does, where a model is of transformers."""
+    base = getattr(_optional("transformers"), "PreTrainedModel", None)
+    register = getattr(_optional("transformers.integrations.executorch"), "register_dynamic_cache_export_support", None)
+    if base is not None and register is not None and isinstance(model, base):
+        register()
+
+
 def _count_sizes_as_numbers() -> None:
     """Let Dynamo take the product of a tensor's sizes by NumPy for the number that it is.
 

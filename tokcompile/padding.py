@@ -22,7 +22,7 @@ from tokcompile.expr import substitute
 from tokcompile.positions import recompute
 from tokcompile.program import Program
 from tokcompile.rulefile import Rule
-from tokcompile.sites import Block, Sites
+from tokcompile.sites import Attention, Block, Sites
 from tokcompile.steps import Drop, Evict, Insert, Merge, Select
 from tokcompile.steps.insert import period_of
 
@@ -180,12 +180,16 @@ def _swap(
     old = site.padding if site.padding is not None else site.mask
     if old is None or padding is None:
         return
-    if (old, key) not in masks:
-        with editor.before(site.node):
+    readers = [user for user in old.users if _reads(user, site, editor, sites)]
+    if readers and (old, key) not in masks:
+        with editor.before(min(readers, key=sites.reach.order.__getitem__)):
             masks[old, key] = left if old is padding else recompute(editor, old, padding, {padding: left})
-    for user in list(old.users):
-        if user in editor.made or user not in sites.reach.order:
-            continue
-        inside = sites.reach.above(user, site.node) and sites.reach.above(site.query, user)
-        if user is site.node or inside:  # other blocks read the same mask
-            editor.swap_input(user, old, masks[old, key])
+    for user in readers:
+        editor.swap_input(user, old, masks[old, key])
+
+
+def _reads(user: Node, site: Attention, editor: Editor, sites: Sites) -> bool:
+    """Whether a user of a mask is this attention, or a part of it: other blocks read the same mask."""
+    if user in editor.made or user not in sites.reach.order:
+        return False
+    return user is site.node or (sites.reach.above(user, site.node) and sites.reach.above(site.query, user))

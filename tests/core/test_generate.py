@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import fleet
 import naive
 import pytest
@@ -16,6 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import tokcompile
+from tokcompile.models import catalogue
 
 STEPS = 5
 GREEDY = greedy(STEPS)
@@ -181,3 +183,14 @@ def test_a_restored_model_generates_as_before() -> None:
     tokcompile.restore(model)
     assert torch.equal(_generated(model, inputs)[0], before)
     assert model.config.get_text_config()._attn_implementation == attention
+
+
+def test_a_bias_that_attention_is_given_is_not_lost(tmp_path: Path) -> None:
+    """T5's attention adds one by distance; its decoder's mask is the caller's, of two dimensions."""
+    family = catalogue.family("t5")
+    model = family.build()
+    inputs = family.example(model, batch=2, padded=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tokcompile.compile(model, target="eager", rule=families.rule(tmp_path, "group", "decoder"), keep=1.0)
+        assert difference(model(**inputs).logits, expected) <= 1e-5

@@ -26,15 +26,20 @@ def reference(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale:
     Returns:
         [B, H, Tq, D], dtype of query.
     """
-    queries, keys = query.shape[-2], key.shape[-2]
-    mask = F.pad(padding.to(torch.bool), (0, keys), value=True)[:, None, None, :keys]
-    if is_causal:
-        place = torch.arange(queries, device=query.device) + (keys - queries)
-        mask = mask & (torch.arange(keys, device=query.device)[None, :] <= place[:, None])
+    mask = seen_keys(padding, query.shape[-2], key.shape[-2], is_causal)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (_repeat(x, groups) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def seen_keys(padding: Tensor, queries: int, keys: int, is_causal: bool) -> Tensor:
+    """Bool [B, 1, Tq or 1, Tk]: what queries see under a padding mask [B, N], as above."""
+    mask = F.pad(padding.to(torch.bool), (0, keys), value=True)[:, None, None, :keys]
+    if not is_causal:
+        return mask
+    place = torch.arange(queries, device=padding.device) + (keys - queries)
+    return mask & (torch.arange(keys, device=padding.device)[None, :] <= place[:, None])
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:

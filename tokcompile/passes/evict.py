@@ -16,7 +16,9 @@ from tokcompile.passes.keychoice import KeySelection
 from tokcompile.passes.keymerge import BlockMerge, KeyMerge
 from tokcompile.passes.keyranks import PLACES, Ranks, hand_back_by_rank, told_places
 from tokcompile.passes.keystate import hand_on_state, in_later_step
+from tokcompile.placetables import is_biased
 from tokcompile.program import place
+from tokcompile.sites import Block
 from tokcompile.sites.cache import handed_back
 from tokcompile.steps import Evict, Score, Select
 
@@ -33,6 +35,7 @@ def evict(ctx: Context, step: Evict) -> None:
         return
     blocks = ctx.sites.stacks["decoder"].blocks
     places = _places(ctx, step, selection)
+    _check_biases(ctx, [blocks[index] for index in selection.blocks])
     outputs = list(ctx.program.output.all_input_nodes)
     merged: KeyMerge | None = ctx.values.get(step.merged or "")
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
@@ -107,6 +110,18 @@ def _check_later(ctx: Context, step: Evict) -> None:
             found=f"{found}, with when: {step.when}",
             remedy="when: prefill, or a choice among all tokens by scores of their own, with a count and equal budgets",
         )
+
+
+def _check_biases(ctx: Context, blocks: list[Block]) -> None:
+    """Refuse blocks whose later steps count from the cache how far away a key is."""
+    for block in blocks:
+        if is_biased(ctx.program, ctx.sites, block.attention):
+            raise EditError(
+                "keys cannot be evicted where attention adds a bias to its scores: later steps count distances from "
+                "the cache",
+                where=[place(block.attention.node)],
+                remedy="use a model with rotary positions, or a table that position_ids pick from",
+            )
 
 
 def _spelled(lengths: object) -> str:

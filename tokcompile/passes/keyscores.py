@@ -20,8 +20,8 @@ from tokcompile.passes.keystate import (
     told_of_keys,
 )
 from tokcompile.program import place as node_place
-from tokcompile.sites import Attention, Block, resolve_caches, window_of
-from tokcompile.sites.cache import SHORTENED, Cache, is_left_out, unturned
+from tokcompile.sites import Attention, Block, resolve_blocks, resolve_caches, window_of
+from tokcompile.sites.cache import SHORTENED, Cache, handed_back, is_left_out, unturned
 from tokcompile.steps import Score
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def score_keys(ctx: Context, step: Score) -> None:
             windowed.append(index)
             continue
         made[index] = _scored(ctx, step, index, block, cache)
+    windowed = sorted({*windowed, *_bounded(ctx, step)})
     if windowed and not made:
         raise EditError(
             "no cache can be shortened: every block attends in a window, which bounds its cache as it is",
@@ -104,6 +105,26 @@ def _amounts(ctx: Context, step: Score) -> bool:
     if step.by == "joined":
         return step.largest is True and all(ctx.values[name].amounts for name in step.scores)
     return step.largest is True and step.by in ("attention_received", "norm", "random", "recency")
+
+
+def _bounded(ctx: Context, step: Score) -> list[int]:
+    """Blocks that hand back the keys of their window alone, of a prompt that is longer.
+
+    Raises:
+        EditError: a block without a window hands back a part of its keys.
+    """
+    outputs, found = ctx.program.output.all_input_nodes, []
+    for index, block in resolve_blocks(ctx.sites, step.at):
+        part = [] if block in ctx.sites.caches else handed_back(block, ctx.sites.reach, outputs)
+        if part and window_of(block.attention, ctx.sites.reach) is None:
+            raise EditError(
+                "the cache that this block hands back is not all of its keys and values",
+                where=[f"decoder.{index}.cache"],
+                found=str(tuple(part[0].meta["val"].shape)),
+                remedy="load the model with a DynamicCache",
+            )
+        found += [index] if part else []
+    return found
 
 
 def _scored(ctx: Context, step: Score, index: int, block: Block, cache: Cache) -> BlockScores:

@@ -1,6 +1,6 @@
 """Sites: attention, blocks and stacks, rotary, cache, projector, splice; found in the graph by structure."""
 
-from tokcompile.sites.address import Place, addresses, resolve_address, resolve_caches
+from tokcompile.sites.address import Place, addresses, resolve_address, resolve_blocks, resolve_caches
 from tokcompile.sites.attention import Attention
 from tokcompile.sites.block import Block, Stack
 from tokcompile.sites.find import Sites, find_sites
@@ -15,6 +15,7 @@ __all__ = [
     "addresses",
     "find_sites",
     "resolve_address",
+    "resolve_blocks",
     "resolve_caches",
     "window_of",
 ]

@@ -75,12 +75,21 @@ def resolve_caches(sites: Sites, text: str) -> list[tuple[int, Block, Cache]]:
     Raises:
         AddressError: as `resolve_address`.
     """
+    return [(i, block, sites.caches[block]) for i, block in resolve_blocks(sites, text) if block in sites.caches]
+
+
+def resolve_blocks(sites: Sites, text: str) -> list[tuple[int, Block]]:
+    """Find the blocks whose caches an address names, with their numbers, whether they have one or not.
+
+    Raises:
+        AddressError: as `resolve_address`.
+    """
     address = parse_address(text)
     stack = sites.stacks.get(address.stack)
     if stack is None:
         raise _missing(sites, text, f"this graph has no {address.stack} stack", whole=False)
     blocks = [_block(sites, stack, address, text)] if address.is_single else stack.blocks
-    return [(stack.blocks.index(block), block, sites.caches[block]) for block in blocks if block in sites.caches]
+    return [(stack.blocks.index(block), block) for block in blocks]
 
 
 def _cache(sites: Sites, block: Block, text: str) -> Cache:

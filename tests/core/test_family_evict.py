@@ -1,0 +1,262 @@
+"""Evictions after the prompt on every family with a decoder: the keys that the spec's naive form chooses.
+
+The naive forms of `cached` are given the model's own keys, as its cache holds them, and the probabilities that it
+returns when its attention is written out. Steps after the prompt then say what the whole model says when what was
+evicted is hidden from its queries. A family that cannot be done soundly is refused, with the reason that stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import cached
+import families
+import pytest
+import torch
+import unloaded
+from core.test_family_generate import LENGTH, longer, positioned
+from harness import difference, greedy, prune, refusal
+from torch import Tensor, nn
+
+import tokcompile
+from tokcompile import imagesizes
+from tokcompile.models import catalogue
+from tokcompile.rulefile import load_rule, rule_names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = catalogue.families()
+NAMES = [name for name, family in ALL.items() if family.kind in ("decoder", "vlm")]
+BUDGET, STEPS = 9, 3
+Ends = dict[str, int]
+RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
+    "snapkv": ({"window": 4, "kernel": 3}, lambda block: partial(cached.votes, window=4, kernel=3), {"recent": 4}),
+    "pyramidkv": (
+        {"window": 2, "kernel": 1, "beta": 4},
+        lambda block: partial(cached.votes, window=2),
+        {"recent": 2},
+    ),
+    "h2o": (
+        {"recent": 3, "when": "prefill"},
+        lambda block: partial(cached.mass, reduce="sum"),
+        {"recent": 3},
+    ),
+    "knorm": ({"sinks": 1}, lambda block: cached.smallness, {"sinks": 1}),
+    "keydiff": ({"recent": 1}, lambda block: cached.difference_to_mean, {"recent": 1}),
+    "random_kv": ({"seed": 3}, lambda block: partial(cached.luck, seed=3, block=block), {}),
+}
+CONTINUED = ("snapkv", "pyramidkv", "knorm")
+"""Rules whose later steps are run: those of equal lengths, of lengths that taper, and of few tokens that must stay."""
+REFUSALS: dict[str, str] = {
+    "every block attends in a window": "mistral starcoder2",
+}
+"""Why every rule is refused on some families."""
+REFUSED = {name: reason for reason, names in REFUSALS.items() for name in names.split()}
+NOT_CONTINUED: dict[str, dict[str, str]] = {
+    "caches of this model cannot differ in length": {"pyramidkv": "gemma2 gpt_oss falcon"},
+}
+"""Why a rule's later steps are refused on some families, by the compiled prompt."""
+ENDED = {
+    (name, rule): reason
+    for reason, rules in NOT_CONTINUED.items()
+    for rule, names in rules.items()
+    for name in names.split()
+}
+OWN_ATTENTION = {"falcon": "FalconAttention"}
+"""Models whose attention is their own, not transformers' to choose, and its class."""
+USUAL = {("deepseek_v3", "snapkv"), ("gemma2", "snapkv"), ("mistral", "snapkv")}
+USUALLY_CONTINUED = {("gemma2", "snapkv"), ("gpt_oss", "pyramidkv")}
+"""What `make test` runs; `make test-slow` runs all."""
+
+
+def _cells(usual: set[tuple[str, str]], *rules: str) -> list[Any]:
+    cells = [(name, rule) for name in NAMES for rule in rules]
+    marks = {cell: () if cell in usual else (pytest.mark.slow,) for cell in cells}
+    return [pytest.param(*cell, marks=marks[cell], id="-".join(cell)) for cell in cells]
+
+
+def test_every_rule_that_evicts_after_the_prompt_is_tried() -> None:
+    evicting = {name for name in rule_names() if any(step.verb == "evict" for step in load_rule(name).steps)}
+    assert set(RULES) <= evicting
+
+
+class Whole(NamedTuple):
+    """A family's model on a padded prompt, with all that it caches.
+
+    Attributes:
+        it: with the inputs of the prompt, positions among them.
+        prompt: what `generate` is given.
+        logits: of the prompt.
+        caches: for each block keys and values; [B, H, T, D], or a window's.
+        weights: for each block its probabilities, [B, H, T, T].
+    """
+
+    it: families.Subject
+    prompt: dict[str, Tensor]
+    logits: Tensor
+    caches: list[tuple[Tensor, Tensor]]
+    weights: list[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, padding counted."""
+        return self.it.inputs["input_ids"].shape[1]
+
+    @property
+    def full(self) -> list[int]:
+        """The blocks whose caches hold all of them."""
+        return [i for i, (keys, _) in enumerate(self.caches) if keys.shape[2] == self.tokens]
+
+
+@cache
+def whole(name: str) -> Whole:
+    family = ALL[name]
+    if why := unloaded.missing(family.needs):
+        pytest.skip(why)
+    it = families.subject(family, length=LENGTH.get(name, 17))
+    prompt = family.example(it.model, batch=2, padded=True, length=LENGTH.get(name, 17))
+    it.inputs = positioned(it, {key: value for key, value in it.inputs.items() if key != "use_cache"})
+    with torch.no_grad():
+        out = it.model(**it.inputs)
+        with written_out(it.model):
+            weights = it.model(**it.inputs, output_attentions=True).attentions
+    held = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    return Whole(it, prompt, out.logits, held, list(weights))
+
+
+@contextmanager
+def written_out(model: nn.Module) -> Iterator[None]:
+    """Let a model's text compute its attention in the open."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def options(rule: str) -> dict[str, Any]:
+    return {"rule": rule, "budget": BUDGET, **RULES[rule][0]}
+
+
+def chosen(of: Whole, rule: str) -> dict[int, list[list[list[int]]]]:
+    """For each block whose cache is shortened the keys that stay of each row and head."""
+    _, score, ends = RULES[rule]
+    budgets = dict.fromkeys(of.full, BUDGET)
+    if rule == "pyramidkv":
+        budgets = dict(zip(of.full, cached.pyramid(BUDGET, 2, 4, len(of.full), of.tokens), strict=True))
+        assert len(set(budgets.values())) == len(budgets)
+    real = of.it.inputs["attention_mask"].bool().tolist()
+    stay = {}
+    for block, budget in budgets.items():
+        seen = cached.Seen(of.weights[block], of.caches[block][0], of.weights[block])
+        (stay[block],) = cached.choices([seen], real, lambda _, block=block: score(block), [budget], **ends)
+    return stay
+
+
+@pytest.mark.parametrize(("name", "rule"), _cells(USUAL, *RULES))
+def test_caches_hold_the_keys_of_the_naive_form_or_the_rule_is_refused(name: str, rule: str) -> None:
+    of = whole(name)
+    torch._dynamo.reset()
+    pruned = prune(of.it.model, **options(rule))
+    if name in REFUSED:
+        with pytest.raises(Exception, match=REFUSED[name]) as caught:
+            pruned(**of.it.inputs)
+        assert refusal(caught.value).where
+        return
+    out = pruned(**of.it.inputs)
+    assert difference(out.logits, of.logits) == 0
+    assert len(pruned.report.graphs) == 1
+    stay = chosen(of, rule)
+    for block, (layer, (keys, values)) in enumerate(zip(out.past_key_values.layers, of.caches, strict=True)):
+        if block not in stay:
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+            continue
+        length = layer.keys.shape[2]
+        assert length == max(len(places) for heads in stay[block] for places in heads)
+        for row, heads in enumerate(stay[block]):
+            for head, places in enumerate(heads):
+                start = length - len(places)
+                assert torch.equal(layer.keys[row, head, start:], keys[row, head, places])
+                assert torch.equal(layer.values[row, head, start:], values[row, head, places])
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [cell for cell in _cells(USUALLY_CONTINUED, *CONTINUED) if cell.values[0] not in REFUSED]
+)
+def test_generate_equals_a_run_that_hides_what_was_evicted(name: str, rule: str) -> None:
+    of = whole(name)
+    if (name, rule) in ENDED:
+        with pytest.raises(Exception, match=ENDED[name, rule]) as caught:
+            _generated(of, rule)
+        error = refusal(caught.value)
+        assert error.where and error.remedy
+        return
+    got, more = _generated(of, rule)
+    inputs = of.it.inputs
+    for column in range(STEPS - 1):
+        inputs = longer(of.it, inputs, more[:, column : column + 1])
+    inputs = positioned(of.it, {key: value for key, value in inputs.items() if key != "position_ids" or value.ndim > 2})
+    masks = dict(zip(stay := chosen(of, rule), cached.masks(list(stay.values()), of.tokens), strict=True))
+    own = [block for block, weights in enumerate(of.weights) if weights.shape[-1] == of.tokens]  # others read images
+    seen = [masks.get(block, _all(of.caches[block][0], of.tokens)) for block in own]
+    with hiding(of, seen), torch.no_grad():
+        expected = of.it.model(**inputs, use_cache=False).logits[:, -STEPS:]
+    assert difference(got, expected) <= 1e-4
+
+
+@contextmanager
+def hiding(of: Whole, stay: list[Tensor]) -> Iterator[None]:
+    """Let queries after the prompt see of it what stays alone."""
+    model = of.it.model
+    if of.it.family.name not in OWN_ATTENTION:
+        with cached.observed(model, stay, of.tokens) as calls:
+            yield
+        assert len(calls) == len(stay)
+        return
+    sites = [m for m in model.modules() if type(m).__name__ == OWN_ATTENTION[of.it.family.name]]
+    each = zip(sites, stay, strict=True)
+    hooks = [m.register_forward_pre_hook(_masked(seen, of.tokens), with_kwargs=True) for m, seen in each]
+    try:
+        with written_out(model):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _masked(stay: Tensor, prompt: int) -> Any:
+    """Add to an additive mask what is hidden: `stay` is bool [B, H, prompt]."""
+
+    def add(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"].expand(-1, stay.shape[1], -1, -1).clone()
+        mask[:, :, prompt:, :prompt].masked_fill_(~stay[:, :, None], torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return add
+
+
+def _all(keys: Tensor, tokens: int) -> Tensor:
+    return torch.ones(*keys.shape[:2], tokens, dtype=torch.bool)
+
+
+def _generated(of: Whole, rule: str) -> tuple[Tensor, Tensor]:
+    """Logits of a prompt's last token and of steps after it, [B, STEPS, V], and the tokens that were chosen."""
+    torch._dynamo.reset()
+    with compiled(of, rule):
+        out = of.it.model.generate(**of.prompt, **greedy(STEPS))
+    return torch.stack(out.logits, 1), out.sequences[:, -STEPS:]
+
+
+@contextmanager
+def compiled(of: Whole, rule: str) -> Iterator[None]:
+    """The model under a rule, for a while."""
+    tokcompile.compile(of.it.model, target="eager", **options(rule))
+    try:
+        yield
+    finally:
+        tokcompile.restore(of.it.model)
+        imagesizes.install(of.it.model)  # which restore takes back, and without which some models come apart
