@@ -55,7 +55,7 @@ class Weights(nn.Module):
         """The learned tokens of an insert step, to be given to a step after the prompt as its `inputs_embeds`.
 
         Args:
-            name: `RULE.NAME` of the insert step: `meta_tokens.meta`.
+            name: `RULE.NAME`, of a rule and its insert step.
             rows: of the batch.
 
         Returns:
