@@ -31,7 +31,7 @@ class Seen:
     query: Tensor
     key: Tensor
     weights: Tensor
-    value: Tensor
+    value: Tensor | None = None
 
 
 @contextmanager

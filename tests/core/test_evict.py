@@ -131,7 +131,7 @@ def test_a_question_of_several_tokens_sees_what_stayed(rule: str) -> None:
     assert difference(got, expected) <= 2e-5
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_plain_compile_keeps_the_same_and_generates_the_same(target: str) -> None:
     """Caches of one length need no mask of ours."""
     model = fleet.build("llama")

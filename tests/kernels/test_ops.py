@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda q, k, mask, valid: ops.key_viewers(q, k, mask, valid, 3, True),
     ),
     "turn_keys": (
-        lambda b: (floats(b, 2, 12, 8), floats(b, 2, 12), floats(1, 3)[0]),
+        lambda b: (floats(b, 2, 12, 8), floats(b, 2, 12), torch.tensor([[1.0, 0.3, 0.01]]).repeat(b, 1)),
         lambda x, by, inverse: ops.turn_keys(x, by, inverse, False),
     ),
     "gather_keys": (

@@ -85,7 +85,7 @@ def told_places(ranks: Ranks, index: int, block: Block, cache: Cache) -> Node:
         wide = ctx.editor.call(aten.to.dtype, ctx.editor.call(aten.unsqueeze.default, own, 1), torch.float32)
         if not in_later_step(ctx):
             return ctx.editor.call(aten.expand.default, wide, [rows, heads, ctx.editor.size(cache.key, 2)])
-        past = told_of_keys(ctx, index, cache, PLACES)
+        past = told_of_keys(ctx, index, cache, PLACES, "where its cached keys stood")
         new = ctx.editor.arithmetic(sub, ctx.editor.size(cache.key, 2), ctx.editor.size(cache.past, 2))
         wide = ctx.editor.call(aten.expand.default, wide, [rows, heads, new])
         old = ctx.editor.call(aten.slice.Tensor, past, 2, 0, ctx.editor.size(cache.past, 2))

@@ -49,12 +49,14 @@ def evicts_later(ctx: Context, scores: str) -> bool:
     return any(isinstance(step, Evict) and step.keep in chosen and step.when != "prefill" for step in steps)
 
 
-def told_of_keys(ctx: Context, block: int, cache: Cache, name: str) -> Node:
+def told_of_keys(
+    ctx: Context, block: int, cache: Cache, name: str, what: str = "what its prompt's queries saw"
+) -> Node:
     """A number of each key that an earlier graph handed on, float32 [B, H, T], with zeros for the keys of this step."""
     past, key = cache.past.meta["val"], cache.key
     with ctx.program.fake_mode:
         like = past.new_empty(past.shape[:3], dtype=torch.float32)
-    held = take(ctx.program, f"{name}_{block}", like, "what its prompt's queries saw")
+    held = take(ctx.program, f"{name}_{block}", like, what)
     with ctx.editor.after([held, key]):
         rows, heads = (ctx.editor.size(key, dim) for dim in (0, 1))
         new = ctx.editor.arithmetic(sub, ctx.editor.size(key, 2), ctx.editor.size(cache.past, 2))
