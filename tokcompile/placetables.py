@@ -54,8 +54,23 @@ def is_biased(program: Program, sites: Sites, site: Attention) -> bool:
     """Whether an attention adds more to its scores than what hides keys: a bias, learned or by distance."""
     if site.mask is None or site.mask.meta["val"].dtype == torch.bool:
         return False
-    learned = [n for n in program.inputs("parameter") if n.meta["val"].ndim > 1]
-    if sites.reach.any_above(site.mask, learned):
+    if _learned(program, site.mask):
         return True
     values = evaluate(site.mask, sites.reach)
     return values is not None and bool(((values != 0) & (values > torch.finfo(values.dtype).min / 2)).any())
+
+
+def _learned(program: Program, mask: Node) -> bool:
+    """Whether a mask holds numbers of a parameter, and not what those of the text's places say alone."""
+    weights = {n for n in program.inputs("parameter") if n.meta["val"].ndim > 1}
+    todo, seen = [mask], set[Node]()
+    while todo:
+        node = todo.pop()
+        value = node.meta.get("val")
+        if node in seen or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        if node in weights:
+            return True
+        seen.add(node)
+        todo.extend(node.all_input_nodes)
+    return False
