@@ -266,6 +266,7 @@ def test_the_rule_of_the_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the step is refused: its layer does not know tables of another base")
 def test_another_base_of_rotations(tmp_path: Path) -> None:
     """A rule that only replaces frequencies goes with it: as a model that has these itself."""
     model = fleet.build("llama")
