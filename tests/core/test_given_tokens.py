@@ -266,13 +266,12 @@ def test_the_rule_of_the_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the step is refused: its layer does not know tables of another base")
 def test_another_base_of_rotations(tmp_path: Path) -> None:
     """A rule that only replaces frequencies goes with it: as a model that has these itself."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 1, text=TEXT)
     path = rule(tmp_path, {"where": "every:4", "shared": True, **POSITIONS["silent"]})
-    rules = [{"rule": "rope_scaling", "base": 500}, {"rule": path}]
+    rules = [{"rule": "rope_scaling", "base": 500, "scaling": "none"}, {"rule": path}]
     weights = trained(model, inputs, rules=rules)
     with compiled(model, rules=rules, weights=weights):
         steps = Talk(model, inputs)

@@ -75,7 +75,8 @@ def _integer_source(table: Node, axes: Axes, tokens: Dim) -> Node | None:
             return None
         seen.add(node)
         if isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.ndim:
-            if _by_token(axes.of(node), tokens):
+            # Where there is one token, what has a row for more than one is no position: powers of a base are not.
+            if _by_token(axes.of(node), tokens) and (tokens or not axes.of(node)[-1]):
                 return node
             others.append(node)
             continue
