@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import fleet
 import pytest
 import torch
 from torch import Tensor, nn
 
+import tokcompile
 from tokcompile import Recording, TokredError
 from tokcompile.backend import Report, tokred
 
@@ -95,3 +97,28 @@ def pairwise(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
         case = max(every, key=lambda c: len(pairs(c) & missing))
         missing -= pairs(case)
         yield case
+
+
+def check_rows_alone(
+    model: nn.Module, rules: list[dict[str, Any]], inputs: dict[str, Tensor], pads: tuple[int, ...], steps: int
+) -> Any:
+    """Check that each row of a padded batch generates what it does alone; return what the batch did.
+
+    Args:
+        pads: how many tokens of padding each row has.
+    """
+    greedily = {**greedy(steps), "suppress_tokens": [fleet.IMAGE]}
+
+    def generate(given: dict[str, Tensor]) -> Any:
+        torch._dynamo.reset()
+        tokcompile.compile(model, rules=rules, target="eager")
+        out = model.generate(**given, **greedily)
+        tokcompile.restore(model)
+        return out
+
+    both = generate(inputs)
+    for row, pad in enumerate(pads):
+        alone = generate(fleet.row(inputs, row, pad))
+        assert torch.equal(alone.sequences[0, -steps:], both.sequences[row, -steps:])
+        assert difference(torch.stack(alone.logits, 1)[0], torch.stack(both.logits, 1)[row]) <= 2e-5
+    return both

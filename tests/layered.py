@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import longer
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,3 +60,19 @@ def train(weights: Weights, seed: int = 7) -> None:
     for parameter in weights.parameters():
         scale = 0.2 if parameter.ndim > 1 else 0.1
         parameter.data += (torch.randn(parameter.shape, generator=rng) * scale).to(parameter.dtype)
+
+
+def middle(weights: Weights, heads: int, name: str = "layered", layer: str = "own") -> longer.Middle:
+    """The layers of a rule by hand, after a block's own attention; a block without parameters has none."""
+
+    def run(block: int, x: Tensor, flags: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        held = parts(weights, name, layer, block)
+        cos, sin = (t[:, None] for t in tables)
+
+        def turn(q: Tensor) -> Tensor:
+            one, two = q.chunk(2, -1)
+            return q * cos + torch.cat([-two, one], -1) * sin
+
+        return attend(x, flags, held, heads, turn) if held else x
+
+    return run

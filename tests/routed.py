@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from attending import attending
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
-
-NAME = "routed"
 
 
 @dataclass
@@ -194,39 +191,17 @@ def routed(
         real: for each row and token whether it is real.
     """
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    def change(layer: int, scale: float, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
         group = query.shape[1] // key.shape[1]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
-        logits = query @ keys.transpose(2, 3) * scale
-        if attention_mask is not None:
-            logits = logits + attention_mask[..., : keys.shape[2]]
-        out = logits.softmax(-1) @ values
-        for start, end in steps if getattr(module, "is_causal", True) else ():
-            for row, valid in enumerate(real):
-                places = [j for j in range(end) if valid[j]]
-                made = choose(Step(module.layer_idx, row, query[row, :, start:end], key[row, :, places]))
-                for head, picks in enumerate(made.keys):
-                    for i in range(end - start):
-                        seen = [j for j in picks if places[j] <= start + i]
-                        x = torch.stack([made.query[head, i] @ made.key[head // group, j] for j in seen]) * scale
-                        picked = values[row, head, [places[j] for j in seen]].double()
-                        out[row, head, start + i] = (x.softmax(0) @ picked).to(out.dtype)
-        return out.transpose(1, 2).contiguous(), None
+        for (start, end), (row, valid) in itertools.product(steps, enumerate(real)):
+            places = [j for j in range(end) if valid[j]]
+            made = choose(Step(layer, row, query[row, :, start:end], key[row, :, places]))
+            for head, picks in enumerate(made.keys):
+                for i in range(end - start):
+                    seen = [j for j in picks if places[j] <= start + i]
+                    x = torch.stack([made.query[head, i] @ made.key[head // group, j] for j in seen]) * scale
+                    picked = value[row, head // group, [places[j] for j in seen]].double()
+                    out[row, head, start + i] = (x.softmax(0) @ picked).to(out.dtype)
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
+    with attending(model, change):
         yield
-    finally:
-        model.set_attn_implementation(before)

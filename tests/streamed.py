@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from attending import attending
 from cached import kept
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
-
-NAME = "streamed"
 
 
 @dataclass
@@ -35,6 +31,8 @@ class Layer:
     stay: list[list[list[int]]]
 
 
+WAVES = torch.tensor([10000.0 ** (-i / 8) for i in range(8)], dtype=torch.float64)
+"""Frequencies of heads 16 wide."""
 Score = Callable[[list[Key], Tensor], list[float]]
 """Numbers of keys, from these and the newest query's attention to them, float64 [heads, keys]."""
 Choose = Callable[[list[Key], list[float], int], tuple[list[Key], int]]
@@ -49,7 +47,7 @@ class Policy:
         window: last queries of the prompt that count; 0: all.
         shared: whether all cached heads of a block choose together.
         prompt, later: whether caches are shortened after the prompt, and at later steps.
-        base: of the rotary positions, where later queries see keys at the distances of their ranks; 0: they do not.
+        waves: rotary frequencies, where later queries see keys at the distances of their ranks; None: they do not.
     """
 
     score: Score
@@ -58,7 +56,7 @@ class Policy:
     shared: bool = False
     prompt: bool = True
     later: bool = True
-    base: float = 0
+    waves: Tensor | None = None
 
 
 def age(keys: list[Key], newest: Tensor) -> list[float]:
@@ -125,38 +123,17 @@ def streamed(model: nn.Module, policy: Policy, prompt: int, real: Tensor, chunk:
     """
     left: list[Layer] = []
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    def change(layer: int, scale: float, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
         group = query.shape[1] // key.shape[1]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
-        logits = query.float() @ keys.float().transpose(2, 3) * scale
-        out = (logits if attention_mask is None else logits + attention_mask).softmax(-1) @ values.float()
-        if getattr(module, "is_causal", True):
-            rows = []
-            for row in range(query.shape[0]):
-                places = real[row].nonzero()[:, 0].tolist()
-                rows.append(
-                    _row(policy, query[row] * scale, keys[row], values[row], places, prompt, group, out[row], chunk)
-                )
-            left.append(Layer(key, value, rows))
-        return out.to(values.dtype).transpose(1, 2).contiguous(), None
+        rows = []
+        for row, places in enumerate(valid.nonzero()[:, 0].tolist() for valid in real):
+            of_row = (query[row] * scale, keys[row], values[row])
+            rows.append(_row(policy, *of_row, places, prompt, group, out[row], chunk))
+        left.append(Layer(key, value, rows))
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
+    with attending(model, change):
         yield left
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _row(
@@ -193,8 +170,8 @@ def _row(
             state[g].append(Key(t, 0.0, 0, keys[g * group, t]))
             seen, own = [key.place for key in state[g]], slice(g * group, (g + 1) * group)
             near = keys[own][:, seen].double()
-            if policy.base:
-                near = _at_ranks(near, [place - first[0] for place in seen], policy.base)
+            if policy.waves is not None:
+                near = _at_ranks(near, [place - first[0] for place in seen], policy.waves)
             weights = (query[own, t].double()[:, None] @ near.transpose(1, 2))[:, 0].softmax(-1)
             out[own, t] = (weights[:, None] @ values[own][:, seen].double())[:, 0].float()
             _count(state[g], seen, weights)
@@ -204,12 +181,11 @@ def _row(
     return [[key.place for key in of_head] for of_head in state]
 
 
-def _at_ranks(keys: Tensor, positions: list[int], base: float) -> Tensor:
+def _at_ranks(keys: Tensor, positions: list[int], waves: Tensor) -> Tensor:
     """Keys [H, T, D], turned half by half, as far from the last of them as they stand in the list."""
     half = keys.shape[-1] // 2
     last = len(positions) - 1
     by = [(positions[last] - last) - (position - rank) for rank, position in enumerate(positions)]
-    waves = torch.tensor([base ** (-i / half) for i in range(half)], dtype=torch.float64)
     turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.tensor(by, dtype=torch.float64)[:, None] * waves)
     turned = torch.complex(keys[..., :half], keys[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], -1)

@@ -10,7 +10,7 @@ import cached
 import fleet
 import pytest
 import torch
-from harness import difference, greedy, prune, refusal
+from harness import check_rows_alone, difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
@@ -206,17 +206,8 @@ def test_generate_after_a_drop_and_an_eviction_is_each_row_alone(first: dict[str
     model = fleet.build("llava")
     inputs = fleet.example(model, 2, (0, 5), text=9)
     rules = [first, options("snapkv", 12)]
-    greedily = {**greedy(STEPS), "suppress_tokens": [fleet.IMAGE]}
-    tokcompile.compile(model, rules=rules, target="eager")
-    both = model.generate(**inputs, **greedily)
+    both = check_rows_alone(model, rules, inputs, (0, 5), STEPS)
     assert {layer.keys.shape[2] for layer in both.past_key_values.layers} == {12 + STEPS - 1}
-    for row, pad in enumerate((0, 5)):
-        torch._dynamo.reset()
-        tokcompile.compile(model, rules=rules, target="eager")
-        alone = model.generate(**fleet.row(inputs, row, pad), **greedily)
-        assert torch.equal(alone.sequences[0, -STEPS:], both.sequences[row, -STEPS:])
-        assert difference(torch.stack(alone.logits, 1)[0], torch.stack(both.logits, 1)[row]) <= 2e-5
-    tokcompile.restore(model)
 
 
 def test_nothing_is_changed_after_an_eviction() -> None:

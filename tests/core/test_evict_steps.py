@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fleet
@@ -9,28 +10,28 @@ import pytest
 import streamed
 import torch
 from cached import continued
-from harness import difference, greedy, prune, refusal
-from streamed import Policy, best, by_turns
+from harness import check_rows_alone, difference, greedy, prune, refusal
+from streamed import WAVES, Policy, best, by_turns
 from torch import Tensor, nn
 
 import tokcompile
 from tokcompile.backend import Report
-from tokcompile.models import families
+from tokcompile.models import catalogue, families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET, STEPS = 9, 8
 PADS = (0, 3, 22)
 """The last row has fewer real tokens than the budget, and reaches it while it goes on."""
 RULES: dict[str, tuple[dict[str, Any], Policy]] = {
-    "streamingllm": ({"sinks": 2}, Policy(streamed.age, best(BUDGET, sinks=2), base=10000.0)),
+    "streamingllm": ({"sinks": 2}, Policy(streamed.age, best(BUDGET, sinks=2), waves=WAVES)),
     "streamingllm-keep": ({"sinks": 2, "positions": "keep"}, Policy(streamed.age, best(BUDGET, sinks=2))),
     "streamingllm-prefill": (
         {"sinks": 2, "when": "prefill"},
-        Policy(streamed.age, best(BUDGET, sinks=2), later=False, base=10000.0),
+        Policy(streamed.age, best(BUDGET, sinks=2), later=False, waves=WAVES),
     ),
     "streamingllm-decode": (
         {"sinks": 2, "when": "decode"},
-        Policy(streamed.age, best(BUDGET, sinks=2), prompt=False, base=10000.0),
+        Policy(streamed.age, best(BUDGET, sinks=2), prompt=False, waves=WAVES),
     ),
     "tova": ({}, Policy(streamed.newest_alone, best(BUDGET, recent=1), shared=True)),
     "h2o": ({"recent": 4}, Policy(streamed.total, best(BUDGET, recent=4))),
@@ -48,7 +49,7 @@ RULES: dict[str, tuple[dict[str, Any], Policy]] = {
     ),
     "treekv-shared": (
         {"sinks": 0, "recent": 0, "window": 40, "shared": True},
-        Policy(streamed.mean, by_turns(BUDGET), shared=True, base=10000.0),
+        Policy(streamed.mean, by_turns(BUDGET), shared=True, waves=WAVES),
     ),
 }
 CELLS = [
@@ -56,7 +57,7 @@ CELLS = [
     for EXTRA in [{("streamingllm", "llava"), ("streamingllm-keep", "gpt2"), ("h2o", "opt")}]
     for rule in RULES
     for model in ("llama", "qwen2", "gpt2", "opt", "llava")
-    if not (RULES[rule][1].base and model in ("gpt2", "opt"))
+    if not (RULES[rule][1].waves is not None and model in ("gpt2", "opt"))
 ]
 
 
@@ -70,7 +71,8 @@ def by_hand(
     """Logits of the last prompt token and those that follow, and what caches hold in the end."""
     both, prompt = continued(inputs, more), inputs["input_ids"].shape[1]
     real = both["attention_mask"].bool()
-    with streamed.streamed(model, RULES[rule][1], prompt, real) as left, torch.no_grad():
+    policy = rule if isinstance(rule, Policy) else RULES[rule][1]
+    with streamed.streamed(model, policy, prompt, real) as left, torch.no_grad():
         logits = model(**both, use_cache=False).logits[:, prompt - 1 :]
     return logits, left
 
@@ -100,7 +102,9 @@ def test_generate_equals_attention_on_lists(rule: str, name: str) -> None:
     assert difference(torch.stack(out.logits, 1), expected) <= 2e-5
     longest = BUDGET + (0 if RULES[rule][1].later else STEPS - 1)
     assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {longest}
-    if not (RULES[rule][1].base and RULES[rule][0].get("when") == "prefill"):  # keys that are handed back turned
+    if not (
+        RULES[rule][1].waves is not None and RULES[rule][0].get("when") == "prefill"
+    ):  # keys that are handed back turned
         check_caches(out.past_key_values, left)
 
 
@@ -195,17 +199,8 @@ def test_generate_after_a_drop_is_each_row_alone(first: dict[str, Any], then: st
     model = fleet.build("llava")
     inputs = fleet.example(model, 2, (0, 5), text=9)
     rules = [first, options(then, 12)]
-    greedily = {**greedy(STEPS), "suppress_tokens": [fleet.IMAGE]}
-    tokcompile.compile(model, rules=rules, target="eager")
-    both = model.generate(**inputs, **greedily)
+    both = check_rows_alone(model, rules, inputs, (0, 5), STEPS)
     assert {layer.keys.shape[2] for layer in both.past_key_values.layers} == {12}
-    for row, pad in enumerate((0, 5)):
-        torch._dynamo.reset()
-        tokcompile.compile(model, rules=rules, target="eager")
-        alone = model.generate(**fleet.row(inputs, row, pad), **greedily)
-        assert torch.equal(alone.sequences[0, -STEPS:], both.sequences[row, -STEPS:])
-        assert difference(torch.stack(alone.logits, 1)[0], torch.stack(both.logits, 1)[row]) <= 2e-5
-    tokcompile.restore(model)
 
 
 def test_beams_take_what_is_added_up_along() -> None:
@@ -272,17 +267,33 @@ def test_tokens_that_had_a_say_cannot_be_taken_back(rule: str) -> None:
         cache.crop(-1)
 
 
+def test_ranks_need_cached_keys_that_attention_reads() -> None:
+    """These caches hold latents, of which keys are made and a part is turned."""
+    model = catalogue.family("deepseek_v3").build().eval()
+    with pytest.raises(Exception, match="streamingllm.yaml") as caught:
+        prune(model, **options("streamingllm"))(input_ids=torch.arange(5, 30)[None])
+    assert "pairs" in refusal(caught.value).cause
+
+
 @pytest.mark.parametrize("when", ["prefill", "both"])
 def test_ranks_need_positions_that_turn_keys(when: str) -> None:
     model = fleet.build("gpt2")
-    with pytest.raises(Exception, match="cannot be numbered by their ranks") as caught:
+    with pytest.raises(Exception, match="cannot have their ranks as positions") as caught:
         prune(model, **options("streamingllm") | {"when": when})(**fleet.example(model, 1, text=25))
     assert refusal(caught.value).remedy == "positions: keep"
 
 
-def test_ranks_of_keys_whose_rotation_scales_are_refused() -> None:
+def test_ranks_of_keys_whose_rotation_also_scales() -> None:
+    """Yarn has frequencies of its own, and multiplies cosines and sines: turned keys stay as long as they are."""
     scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     model = families.decoder("llama", fleet.TEXT | {"rope_parameters": scaling}).eval()
-    with pytest.raises(Exception, match="cannot be numbered by their ranks") as caught:
-        prune(model, **options("streamingllm"))(**fleet.example(model, 1, text=25))
-    assert "scale" in refusal(caught.value).found
+    inputs = fleet.example(model, 3, PADS, text=25)
+    tokcompile.compile(model, target="eager", **options("streamingllm"))
+    out = model.generate(**inputs, **greedy(STEPS))
+    tokcompile.restore(model)
+    rotary = model.model.rotary_emb
+    assert rotary.attention_scaling != 1
+    policy = replace(RULES["streamingllm"][1], waves=rotary.inv_freq.double())
+    expected, left = by_hand(policy, model, inputs, out.sequences[:, -STEPS:-1])
+    assert difference(torch.stack(out.logits, 1), expected) <= 2e-5
+    check_caches(out.past_key_values, left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,7 @@ def rule(folder: Path, insert: dict[str, Any], *, layer: bool = True, **fields: 
     return str(path)
 
 
-def middle(weights: Weights, name: str = "layered", layer: str = "own") -> longer.Middle:
-    """The layers of a rule by hand; a block without parameters has none."""
-
-    def run(block: int, x: Tensor, flags: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        held = layered.parts(weights, name, layer, block)
-        cos, sin = (t[:, None] for t in tables)
-
-        def turn(q: Tensor) -> Tensor:
-            one, two = q.chunk(2, -1)
-            return q * cos + torch.cat([-two, one], -1) * sin
-
-        return layered.attend(x, flags, held, HEADS, turn) if held else x
-
-    return run
+middle = partial(layered.middle, heads=HEADS)
 
 
 class Talk:
@@ -259,7 +247,7 @@ def test_the_rule_of_the_library(tmp_path: Path) -> None:
         got = [steps.say([[row[i]] for row in talk]) for i in range(3)]
     told = {
         "tokens": weights.state_dict()["meta_tokens.meta"],
-        "middle": middle(weights, "meta_tokens", "attention"),
+        "middle": middle(weights, name="meta_tokens", layer="attention"),
     }
     expected = by_hand(model, inputs, lambda valid: longer.at(valid, lucky), talk, **told)
     assert difference(torch.cat(got, 1), expected) <= 2e-5

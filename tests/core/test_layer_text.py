@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,7 @@ def rule(folder: Path, insert: dict[str, Any], **layer: Any) -> str:
     return str(path)
 
 
-def middle(weights: Weights, name: str = "layered", layer: str = "own") -> longer.Middle:
-    """The layers of a rule by hand; a block without parameters has none."""
-
-    def run(block: int, x: Tensor, flags: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        held = layered.parts(weights, name, layer, block)
-        cos, sin = (t[:, None] for t in tables)
-
-        def turn(q: Tensor) -> Tensor:
-            one, two = q.chunk(2, -1)
-            return q * cos + torch.cat([-two, one], -1) * sin
-
-        return layered.attend(x, flags, held, HEADS, turn) if held else x
-
-    return run
+middle = partial(layered.middle, heads=HEADS)
 
 
 def trained(model: nn.Module, inputs: dict[str, Tensor], path: str, **options: Any) -> Weights:
@@ -184,7 +172,11 @@ def test_the_rule_of_the_library_equals_the_run_by_hand(places: str) -> None:
     rows = longer.every(valid, 4) if places == "every" else lucky
     with torch.no_grad():
         expected, _ = longer.decoder(
-            model, inputs, rows, tokens(weights, "meta_tokens.meta"), middle=middle(weights, "meta_tokens", "attention")
+            model,
+            inputs,
+            rows,
+            tokens(weights, "meta_tokens.meta"),
+            middle=middle(weights, name="meta_tokens", layer="attention"),
         )
     assert difference(got, expected) <= 2e-5
     assert sum("query" in name for name in weights.state_dict()) == 2

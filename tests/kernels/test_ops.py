@@ -93,10 +93,6 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 4, 12, 8), floats(b, 2, 12, 8), bools(b, 1, 1, 12), bools(b, 12)),
         lambda q, k, mask, valid: ops.key_viewers(q, k, mask, valid, 3, True),
     ),
-    "turn_keys": (
-        lambda b: (floats(b, 2, 12, 8), floats(b, 2, 12), torch.tensor([[1.0, 0.3, 0.01]]).repeat(b, 1)),
-        lambda x, by, inverse: ops.turn_keys(x, by, inverse, False),
-    ),
     "gather_keys": (
         lambda b: (floats(b, 2, 12, 4), torch.arange(10 * b).view(b, 2, 5) % 12),
         lambda x, index: ops.gather_keys(x, index),

@@ -143,39 +143,7 @@ def test_viewers_are_counted_as_in_loops(
             assert got[row, j] == len(seen)
 
 
-@settings(max_examples=30)
-@given(
-    seed=st.integers(0, 999),
-    pairs=st.integers(1, 4),
-    rest=st.integers(0, 3),
-    neighbours=st.booleans(),
-    shared=st.booleans(),
-)
-def test_turned_keys_are_those_of_other_positions(
-    seed: int, pairs: int, rest: int, neighbours: bool, shared: bool
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    plain = torch.randn(2, 3, 5, 2 * pairs + rest, generator=generator, dtype=torch.float64)
-    inverse = torch.rand(pairs, generator=generator)
-    shape = (2, 1 if shared else 3, 5)
-    start, by = (torch.randint(-50, 50, shape, generator=generator).expand(2, 3, 5) for _ in range(2))
-
-    def rotated(positions: Tensor) -> Tensor:
-        out = plain.clone()
-        for i in range(pairs):
-            one, two = (2 * i, 2 * i + 1) if neighbours else (i, i + pairs)
-            angle = positions.double() * float(inverse[i])
-            out[..., one] = plain[..., one] * angle.cos() - plain[..., two] * angle.sin()
-            out[..., two] = plain[..., two] * angle.cos() + plain[..., one] * angle.sin()
-        return out
-
-    got = ops.turn_keys(rotated(start).float(), by[:, :1] if shared else by, inverse, neighbours)
-    torch.testing.assert_close(got.double(), rotated(start + by), rtol=1e-4, atol=1e-4)
-
-
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="cache, by and inverse"):
-        ops.turn_keys(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), torch.zeros(3), True)
     scores, turn = torch.zeros(1, 2, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="scores and turn"):
         ops.pairwise_keys(scores[0], None, turn, 0, 0, 2, 2)

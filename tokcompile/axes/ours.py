@@ -304,7 +304,6 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "unturn_keys": like_first,
     "assign_keys": leading(3),
     "merge_keys": gathered_keys,
-    "turn_keys": like_first,
     "mean_query": mean_query,
     "turn_pairs": like_first,
     "key_votes": scored_keys,

@@ -87,7 +87,6 @@ if __name__ == "tokcompile.kernels":
     from .transport_cost_over_time import transport_cost_over_time
     from .transport_plan import transport_plan
     from .transport_weights import transport_weights
-    from .turn_keys import turn_keys
     from .turn_pairs import turn_pairs
     from .unturn_keys import unturn_keys
     from .variable_positions import variable_positions
@@ -179,7 +178,6 @@ __all__ = [
     "transport_plan",
     "transport_weights",
     "turn_pairs",
-    "turn_keys",
     "unturn_keys",
     "variable_positions",
     "window_topk_mask",

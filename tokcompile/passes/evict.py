@@ -36,12 +36,16 @@ def evict(ctx: Context, step: Evict) -> None:
     blocks = ctx.sites.stacks["decoder"].blocks
     _check_biases(ctx, [blocks[index] for index in selection.blocks])
     places = _places(ctx, step, selection)
+    once = Ranks(ctx, step.at) if step.positions == "rank" and step.when == "prefill" else None
     outputs = list(ctx.program.output.all_input_nodes)
     merged: KeyMerge | None = ctx.values.get(step.merged or "")
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
     for index, chosen in selection.blocks.items():
         if chosen.index is not None:
             _shorten(ctx, held[index], chosen.index, chosen.size, merged.blocks[index] if merged else None)
+        if once is not None:
+            cache = ctx.sites.caches[blocks[index]]
+            hand_back_by_rank(once, index, blocks[index], cache, chosen.index, chosen.valid)
         if step.when != "prefill":
             hand_on_state(ctx, index, chosen.state.with_keys(**places[index]), chosen.index)
         if chosen.padding is not None:
@@ -62,10 +66,6 @@ def evict(ctx: Context, step: Evict) -> None:
         record["note"] = f"blocks {', '.join(map(str, selection.windowed))} keep what their window does"
     ctx.log.append(record)
     ctx.refresh()
-    if step.positions == "rank" and step.when == "prefill":
-        blocks = ctx.sites.stacks["decoder"].blocks
-        hand_back_by_rank(ctx, step.at, {i: (blocks[i], c.index, c.valid) for i, c in selection.blocks.items()})
-        ctx.refresh()
 
 
 def _places(ctx: Context, step: Evict, selection: KeySelection) -> dict[int, dict[str, Node]]:

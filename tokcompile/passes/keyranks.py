@@ -17,69 +17,84 @@ from tokcompile.edit import sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.keystate import in_later_step, seen_keys, told_of_keys
-from tokcompile.passes.turned import in_parts
+from tokcompile.passes.ranked import turnable
 from tokcompile.program import SIZES
 from tokcompile.program import place as node_place
 from tokcompile.sites import Block, resolve_caches, window_of
-from tokcompile.sites.cache import TURNED, Cache
-from tokcompile.sites.rotation import find_rotations
-from tokcompile.sites.turns import Frequencies, find_turns
-from tokcompile.tables import inverse_of, rows_of
+from tokcompile.sites.cache import SHORTENED, TURNED, Cache, unrepeated
+from tokcompile.sites.turns import Turn
+from tokcompile.tables import rows_of
 
 aten = torch.ops.aten
 PLACES = "places"
 
 
 class Ranks:
-    """The rotary positions of the keys of a decoder's caches."""
+    """The rotations of the keys in a decoder's caches, as they are before any is shortened."""
 
     def __init__(self, ctx: Context, at: str) -> None:
-        self.ctx, self.at = ctx, at
-        self.frequencies = find_turns(ctx.program, ctx.sites, "decoder")
-        self.rotations = find_rotations(ctx.program, ctx.sites, "decoder")
-
-    def places(self, block: Block) -> tuple[Node, Node, bool]:
-        """Positions of a graph's own keys, int64 [B or 1, T], their frequencies, and whether pairs are neighbours.
+        """Find them.
 
         Raises:
-            EditError: they have none, several, or were numbered anew.
+            EditError: a block's cached keys are not turned, or not in a way that can be undone.
         """
-        ctx, rotation = self.ctx, self.rotations.get(block.attention)
-        own = [each for each in self.frequencies if any(self._turns(turn.node, block) for turn in each.turns)]
-        if rotation is None or len(own) != 1:
-            raise self._refused(block, "no rotary positions" if rotation is None else f"{len(own)} kinds of positions")
-        frequencies: Frequencies = own[0]
-        turns = [turn for turn in frequencies.turns if self._turns(turn.node, block)]
-        if in_parts(ctx, frequencies.angles) or len({turn.via for turn in turns}) > 1:
-            raise self._refused(block, "positions in fractions, or queries and keys of several sequences")
-        if any(turn.scale != 1 for turn in turns):
-            raise self._refused(block, "rotations that also scale")
-        editor = ctx.editor
-        with editor.after([frequencies.angles, *turns[0].via]):
-            own_places = rows_of(editor, frequencies)
-            for source in turns[0].via:
-                rows = [editor.size(source, 0), editor.size(own_places, 1)]
-                own_places = editor.call(aten.expand.default, own_places, rows)
-                own_places = editor.call(torch.ops.tokred.gather_tokens.default, own_places, source, 1, 0)
-            return own_places, inverse_of(editor, frequencies), rotation.neighbours
+        self.ctx, self.pairings = ctx, {}
+        found = [(i, b, c) for i, b, c in resolve_caches(ctx.sites, at) if not _windowed(ctx, b)]
+        self.pairings = turnable(ctx, at, [block for _, block, _ in found])
+        for index, block, cache in found:
+            sources = {turn.via for turn in self._turns(index, block)}
+            if unrepeated(block.attention.key, cache.key) is None or len(sources) != 1:
+                raise EditError(
+                    "what this cache holds are not the keys that attention reads",
+                    where=[at, node_place(cache.key)],
+                    found=f"{tuple(cache.key.meta['val'].shape)}",
+                    remedy="positions: keep",
+                )
 
-    def _turns(self, node: Node, block: Block) -> bool:
+    def _turns(self, index: int, block: Block) -> list[Turn]:
         reach = self.ctx.sites.reach
-        return reach.above(node, block.attention.query) and not reach.above(node, block.input)
+        turns = self.pairings[index].frequencies.turns
+        return [t for t in turns if reach.above(t.node, block.attention.query) and reach.above(block.input, t.value)]
 
-    def _refused(self, block: Block, found: str) -> EditError:
-        return EditError(
-            "keys of this block cannot be numbered by their ranks in its cache",
-            where=[self.at, node_place(block.attention.node)],
-            found=found,
-            remedy="positions: keep",
-        )
+    def places(self, index: int, block: Block) -> Node:
+        """Positions of a graph's own tokens in a block, int64 [B or 1, T]."""
+        frequencies, via = self.pairings[index].frequencies, self._turns(index, block)[0].via
+        editor = self.ctx.editor
+        with editor.after([frequencies.angles, *via]):
+            own = rows_of(editor, frequencies)
+            for source in via:
+                own = editor.call(aten.expand.default, own, [editor.size(source, 0), editor.size(own, 1)])
+                own = editor.call(torch.ops.tokred.gather_tokens.default, own, source, 1, 0)
+        return own
+
+    def turned(self, index: int, keys: Node, places: Node, valid: Node | None) -> Node:
+        """Keys turned until their distances to the last are those of their ranks.
+
+        Args:
+            keys: [B, H, T, D] at positions `places`, [B, H, T].
+            valid: bool [B, T], real tokens; None: all are.
+        """
+        call, pairing = self.ctx.editor.call, self.pairings[index]
+        inverse = pairing.frequencies.inverse
+        with self.ctx.editor.after([n for n in (keys, places, valid, inverse) if n is not None]):
+            if valid is None:
+                order = call(aten.arange.default, self.ctx.editor.size(keys, 2), device=keys.meta["val"].device)
+                order = call(aten.view.default, order, [1, 1, -1])
+            else:
+                order = call(aten.unsqueeze.default, call(aten.cumsum.default, valid, 1), 1)
+            ahead = call(aten.slice.Tensor, call(aten.sub.Tensor, places, order), 2, -1, MAX)
+            there = call(aten.add.Tensor, ahead, order)
+            return call(TURNED, keys, places, there, inverse, pairing.start, pairing.neighbours)
+
+
+def _windowed(ctx: Context, block: Block) -> bool:
+    return window_of(block.attention, ctx.sites.reach) is not None
 
 
 def told_places(ranks: Ranks, index: int, block: Block, cache: Cache) -> Node:
     """Positions of all keys that a block reads, float32 [B, H, T]: whole numbers, exact below 2^24."""
     ctx = ranks.ctx
-    own, _, _ = ranks.places(block)
+    own = ranks.places(index, block)
     with ctx.editor.after([own, cache.key]):
         rows, heads, _ = (ctx.editor.size(cache.key, dim) for dim in range(3))
         wide = ctx.editor.call(aten.to.dtype, ctx.editor.call(aten.unsqueeze.default, own, 1), torch.float32)
@@ -92,45 +107,26 @@ def told_places(ranks: Ranks, index: int, block: Block, cache: Cache) -> Node:
         return ctx.editor.call(aten.cat.default, [old, wide], 2)
 
 
-def turned(ctx: Context, ranks: Ranks, block: Block, keys: Node, places: Node, valid: Node | None) -> Node:
-    """Keys turned until their distances to the last are those of their ranks.
-
-    Args:
-        keys: [B, H, T, D] at positions `places`, [B, H, T].
-        valid: bool [B, T], real tokens; None: all are.
-    """
-    call = ctx.editor.call
-    _, inverse, neighbours = ranks.places(block)
-    with ctx.editor.after([n for n in (keys, places, valid, inverse) if n is not None]):
-        if valid is None:
-            order = call(aten.arange.default, ctx.editor.size(keys, 2), device=keys.meta["val"].device)
-            order = call(aten.view.default, order, [1, 1, -1])
-        else:
-            order = call(aten.unsqueeze.default, call(aten.cumsum.default, valid, 1), 1)
-        ahead = call(aten.sub.Tensor, places, order)
-        last = call(aten.slice.Tensor, ahead, 2, -1, MAX)
-        by = call(aten.sub.Tensor, last, ahead)
-        return call(TURNED, keys, by, inverse, neighbours)
-
-
-def hand_back_by_rank(ctx: Context, at: str, blocks: dict[int, tuple[Block, Node | None, Node | None]]) -> None:
+def hand_back_by_rank(
+    ranks: Ranks, index: int, block: Block, cache: Cache, stay: Node | None, valid: Node | None
+) -> None:
     """Turn the keys that a prompt hands back to their ranks, once for all later steps.
 
     Args:
-        blocks: each with the keys that stay, int64 [B, H, k], or None for all, and bool [B, T], which are real.
+        cache: as it was before it was shortened.
+        stay: the keys that do, int64 [B, H, k]; None: all.
+        valid: bool [B, T], which are real; None: all are.
     """
-    ranks = Ranks(ctx, at)
-    for index, (block, stay, valid) in blocks.items():
-        cache = ctx.sites.caches[block]
-        if stay is None:
-            continue
-        places = told_places(ranks, index, block, Cache(cache.key.args[0], cache.value, cache.past))
-        with ctx.editor.after([n for n in (cache.key, places, stay, valid) if n is not None]):
-            places = ctx.editor.call(aten.gather.default, places, 2, stay)
-            if valid is not None:  # every head has as much padding, in front
-                valid = ctx.editor.call(aten.gather.default, valid, 1, ctx.editor.call(aten.select.int, stay, 1, 0))
-        keys = turned(ctx, ranks, block, cache.key, places, valid)
-        ctx.editor.swap_input(ctx.program.output, cache.key, keys)
+    if stay is None:
+        return
+    ctx = ranks.ctx
+    short = next(node for node in cache.key.users if node.target in SHORTENED)
+    places = told_places(ranks, index, block, cache)
+    with ctx.editor.after([n for n in (short, places, stay, valid) if n is not None]):
+        places = ctx.editor.call(aten.gather.default, places, 2, stay)
+        if valid is not None:  # every head has as much padding, in front
+            valid = ctx.editor.call(aten.gather.default, valid, 1, ctx.editor.call(aten.select.int, stay, 1, 0))
+    ctx.editor.swap_input(ctx.program.output, short, ranks.turned(index, short, places, valid))
 
 
 def read_by_rank(ctx: Context, at: str) -> dict[int, Node]:
@@ -141,7 +137,7 @@ def read_by_rank(ctx: Context, at: str) -> dict[int, Node]:
     """
     ranks, found = Ranks(ctx, at), {}
     for index, block, cache in resolve_caches(ctx.sites, at):
-        if window_of(block.attention, ctx.sites.reach) is not None:
+        if _windowed(ctx, block):
             continue
         readers = [u for u in cache.key.users if u is not ctx.program.output and u.target not in SIZES]
         places = told_places(ranks, index, block, cache)
@@ -149,7 +145,7 @@ def read_by_rank(ctx: Context, at: str) -> dict[int, Node]:
         mask = site.padding if site.padding is not None else site.mask
         with ctx.editor.after([n for n in (cache.key, mask) if n is not None]):
             valid = seen_keys(ctx, block, cache)
-        keys = turned(ctx, ranks, block, cache.key, places, valid)
+        keys = ranks.turned(index, cache.key, places, valid)
         late = [user for user in readers if user._sort_key < keys._sort_key]
         if late:
             raise EditError(

@@ -10,12 +10,10 @@ from torch.fx import Node
 from tokcompile.axes.context import MAX
 from tokcompile.carried import hand_on, take
 from tokcompile.edit import sub
-from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
+from tokcompile.passes.ranked import turnable
 from tokcompile.passes.routing import Chooser, Routed
-from tokcompile.program import place
 from tokcompile.sites import Block
-from tokcompile.sites.pairing import Pairing, find_pairings
 from tokcompile.steps import Route
 
 aten = torch.ops.aten
@@ -39,7 +37,7 @@ class ByVotes(Chooser):
         super().__init__(ctx, step, blocks)
         self.ranked = step.positions == "rank"
         self.reuses = float(step.reuse) <= 1
-        self.pairings = _turnable(ctx, step, blocks) if self.ranked else {}
+        self.pairings = turnable(ctx, step.at, blocks) if self.ranked else {}
         self.summaries: dict[int, Node] = {}
         self.positions: dict[int, tuple[Node, Node]] = {}
 
@@ -181,37 +179,3 @@ def _summary(block: int) -> str:
 
 def _picked(block: int) -> str:
     return f"picked_{block}"
-
-
-def _turnable(ctx: Context, step: Route, blocks: Sequence[Block]) -> dict[int, Pairing]:
-    """The pairings of some blocks by number, of rotations that can be undone.
-
-    Raises:
-        EditError: a block has none, or one whose angles are not those of one whole position.
-    """
-    every = find_pairings(ctx.program, ctx.sites, "decoder")
-    found = {}
-    for block in blocks:
-        pairing = every.get(block.attention)
-        why = "nothing turns its queries and keys" if pairing is None else _unfit(ctx, pairing)
-        if why is not None:
-            raise EditError(
-                "keys of this attention cannot have their ranks as positions",
-                where=[step.at, place(block.attention.node)],
-                found=why,
-                remedy="positions: keep",
-            )
-        found[ctx.sites.stacks["decoder"].blocks.index(block)] = pairing
-    return found
-
-
-def _unfit(ctx: Context, pairing: Pairing) -> str | None:
-    """Why keys cannot be turned back by their positions; None where they can."""
-    frequencies = pairing.frequencies
-    if frequencies.coordinates > 1 or len(pairing.coordinates) > 1:
-        return "tokens have several positions each"
-    if pairing.numbers != tuple(range(frequencies.pairs)):
-        return "pairs that use the frequencies in another order, or not all of them"
-    if ctx.sites.reach.any_above(frequencies.inverse, ctx.program.inputs()):
-        return "frequencies that depend on what the model is given, as those do that follow its length"
-    return None

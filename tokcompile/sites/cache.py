@@ -29,7 +29,7 @@ _CLEARED = {torch.ops.tokred.clear_slots.default}
 _GATHER = torch.ops.tokred.gather_tokens.default
 SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
 """What an eviction puts on what is handed back; attention reads all of it."""
-TURNED = torch.ops.tokred.turn_keys.default
+TURNED = torch.ops.tokred.turn_pairs.default
 """What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
 
 
