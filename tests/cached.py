@@ -205,6 +205,31 @@ class Joint:
         return [sorted(places[:n]) for places, n in zip(own, counts, strict=True)]
 
 
+def check_held(layer: Any, keys: Tensor, values: Tensor, rows: list[list[list[int]]], shared: bool = False) -> None:
+    """Check that a layer of a cache holds what stays of whole keys and values, and padding in front of short rows.
+
+    Args:
+        rows: for each row and cached head the places that stay.
+        shared: whether heads share a budget: slots are then of any head.
+    """
+    length = layer.keys.shape[2]
+    for row, heads in enumerate(rows):
+        if shared:
+            own, places = zip(*flattened(heads), strict=True)
+            held, want = layer.keys[row].flatten(0, 1), keys[row, list(own), list(places)]
+            found = torch.arange(len(held))  # two heads may hold the same keys
+            if len(held) > len(want):  # padding stands before the tokens of each head
+                found = (held[None] == want[:, None]).all(-1).int().argmax(1)
+            assert found.tolist() == sorted({*found.tolist()})
+            assert torch.equal(held[found], want)
+            assert torch.equal(layer.values[row].flatten(0, 1)[found], values[row, list(own), list(places)])
+            continue
+        for head, places in enumerate(heads):
+            start = length - len(places)
+            assert torch.equal(layer.keys[row, head, start:], keys[row, head, places])
+            assert torch.equal(layer.values[row, head, start:], values[row, head, places])
+
+
 def flattened(heads: list[list[int]]) -> list[tuple[int, int]]:
     """Slots of a row's cache in order, where heads share a budget: which place of which head each holds."""
     return [(head, place) for head, places in enumerate(heads) for place in places]
