@@ -75,14 +75,9 @@ def by_hand(rule: str, model: nn.Module, inputs: dict[str, Tensor]) -> list[list
     return cached.choices(calls, real, score, budgets, JOINT.get(rule), **ends)
 
 
+USUAL = {*((rule, "llama") for rule in RULES if rule != "adakv-reserve"), ("snapkv", "llava"), ("h2o", "gpt2")}
 CELLS = [
-    pytest.param(
-        rule,
-        model,
-        marks=() if (model == "llama" and rule not in LATE) or (rule, model) in EXTRA else (pytest.mark.slow,),
-    )
-    for EXTRA in [{("snapkv", "llava"), ("h2o", "gpt2"), ("adakv", "qwen2")}]
-    for LATE in [{"adakv-reserve"}]
+    pytest.param(rule, model, marks=() if (rule, model) in USUAL else (pytest.mark.slow,))
     for rule in RULES
     for model in ("llama", "qwen2", "gpt2", "opt", "llava")
 ]
@@ -120,7 +115,7 @@ def test_generate_equals_a_run_that_hides_what_was_evicted(rule: str, name: str)
     assert difference(torch.stack(out.logits, 1), expected) <= 2e-5
 
 
-@pytest.mark.parametrize("rule", ["snapkv", "adakv", pytest.param("pyramidkv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["snapkv", *(pytest.param(r, marks=pytest.mark.slow) for r in ("adakv", "pyramidkv"))])
 def test_a_question_of_several_tokens_sees_what_stayed(rule: str) -> None:
     """Layers whose caches differ in length, under one mask of padding, with several queries at once."""
     model = fleet.build("llama")

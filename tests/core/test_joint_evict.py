@@ -135,6 +135,7 @@ def _shared(seen: cached.Seen, row: int, places: list[int]) -> cached.Heads:
     return [[float(got[j]) for j in places]] * seen.key.shape[1]
 
 
+@pytest.mark.slow
 def test_lengths_may_taper_over_blocks(tmp_path: Path) -> None:
     model, inputs = prompt()
     votes = partial(cached.votes, window=2)
@@ -150,7 +151,8 @@ def test_lengths_may_taper_over_blocks(tmp_path: Path) -> None:
     assert difference(got, hidden(model, cached.masks(chosen, 26), inputs, both)) <= 2e-5
 
 
-@pytest.mark.parametrize("floor_by", ["blend", pytest.param("reserve", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("floor_by", ["blend", "reserve"])
 def test_a_floor_of_one_is_a_choice_of_each_head(floor_by: str) -> None:
     model, inputs = prompt()
     both = cached.continued(inputs, question())
@@ -183,6 +185,7 @@ def test_a_question_whose_rows_are_padded_and_one_after_it() -> None:
     assert difference(got[real], expected[real]) <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_is_shortened_by_the_first() -> None:
     """What comes later stays whole, and sees what stayed."""
     model, inputs = prompt()
@@ -262,6 +265,7 @@ def test_other_rules_go_before(which: str) -> None:
     assert difference(torch.stack(said[0].logits, 1), torch.stack(said[1].logits, 1)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_prompt_shorter_than_the_budget_keeps_all() -> None:
     model = fleet.build("llama")
     inputs = fleet.example(model, 2, (0, 3), text=6)
@@ -272,6 +276,7 @@ def test_a_prompt_shorter_than_the_budget_keeps_all() -> None:
     assert difference(torch.stack(said[0].logits, 1), torch.stack(said[1].logits, 1)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_one_cached_head_shares_with_nobody() -> None:
     """Falcon's keys of old are of one head: nothing is carried, and a crop is as ever."""
     model = catalogue.family("llama").build(num_key_value_heads=1)
@@ -363,6 +368,7 @@ def test_plain_compile_shortens_a_prompt_and_says_who_keeps_what_steps_are_told(
     assert "tokcompile.compile" in refusal(caught.value).remedy
 
 
+@pytest.mark.slow
 def test_an_exported_prompt_returns_the_caches_of_the_compiled_one() -> None:
     model, inputs = prompt()
     program = tokcompile.rewrite(tokcompile.export(model, inputs), **ADA)
