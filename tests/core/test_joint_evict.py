@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokcompile
 from tokcompile import TokredError
-from tokcompile.models import catalogue
+from tokcompile.models import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET, STEPS = 9, 3
@@ -279,7 +279,7 @@ def test_a_prompt_shorter_than_the_budget_keeps_all() -> None:
 @pytest.mark.slow
 def test_one_cached_head_shares_with_nobody() -> None:
     """Falcon's keys of old are of one head: nothing is carried, and a crop is as ever."""
-    model = catalogue.family("llama").build(num_key_value_heads=1)
+    model = families.decoder("llama", fleet.TEXT | {"num_key_value_heads": 1}).eval()
     inputs = fleet.example(model, 2, (0, 3), text=25)
     with compiled(model, ADA):
         cache = model(**inputs).past_key_values
