@@ -86,7 +86,7 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
         here = [cut for cut in cuts if cut.shortens(index)]
         if not any(cut.takes_padding or cut.inserts for cut in here) or block not in sites.caches:
             continue  # blocks without a cache attend to images alone
-        if any(cut.joint for cut in here):
+        if any(cut.joint for cut in here) and not any(cut.inserts for cut in here):
             _swap(editor, sites, block, _of_step(editor, sites.padding, block, sites.caches[block].past), masks, index)
             continue
         mixed = any(cut.takes_padding for cut in here) and not all(cut.takes_padding for cut in here)

@@ -246,7 +246,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop in front": ("llava", {"rule": "hiprune", "keep": 6}),
     "drop of text": ("llama", {"rule": "random", "among": "all", "keep": 15, "positions": "keep"}),
     "other base": ("llama", {"rule": "rope_scaling"}),
-    "learned tokens": ("llama", {"rule": "meta_tokens"}),
 }
 
 
@@ -263,6 +262,17 @@ def test_other_rules_go_before(which: str) -> None:
         with compiled(model, other, rule):
             said.append(model.generate(**inputs, **WORDS))
     assert difference(torch.stack(said[0].logits, 1), torch.stack(said[1].logits, 1)) <= 2e-5
+
+
+@pytest.mark.slow
+def test_tokens_put_into_a_padded_prompt_are_refused_in_later_steps() -> None:
+    """As they are before a choice of each head."""
+    model, inputs = prompt()
+    with (
+        compiled(model, {"rule": "meta_tokens"}, ADA),
+        pytest.raises(Exception, match="what is left of it is not known"),
+    ):
+        model.generate(**{name: value for name, value in inputs.items() if name != "position_ids"}, **WORDS)
 
 
 @pytest.mark.slow
