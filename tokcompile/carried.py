@@ -100,6 +100,11 @@ def evicted_name(block: int) -> str:
     return f"evicted_{block}"
 
 
+def owners_name(block: int) -> str:
+    """Under which name it is handed on whose keys the cache of a decoder block holds, int64 [B, H, T]."""
+    return f"owners_{block}"
+
+
 def given_name(rule: str, tokens: str) -> str:
     """Under which name it is handed on how many tokens of an insert step each row was given later, int64 [B]."""
     return f"given_{rule}_{tokens}"

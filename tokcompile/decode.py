@@ -25,6 +25,7 @@ from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, follow_padding, takes_padding, told
+from tokcompile.passes.jointheads import is_joint, shares_budget
 from tokcompile.placetables import counted_rows
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
@@ -133,7 +134,8 @@ def _evictions(program: Program, sites: Sites, rule: RuleInstance, known: Mappin
         place = f"{rule.rule.path}:{step.line}"
         for index, block, _ in resolve_caches(sites, at):
             if window_of(block.attention, sites.reach) is None:
-                found.append(Cut(index, takes, place, alone=True))
+                joint = is_joint(rule.rule, step, known) and shares_budget(sites, index)
+                found.append(Cut(index, takes, place, alone=True, joint=joint))
     return found
 
 

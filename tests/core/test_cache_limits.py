@@ -31,13 +31,14 @@ PADS = (0, 3, 22)
 """The last row has 4 real tokens: fewer than the budget."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": BUDGET, "window": 4, "kernel": 3},
+    "adakv": {"budget": BUDGET, "window": 4, "kernel": 3},
     "pyramidkv": {"budget": BUDGET, "window": 2, "beta": 4},
     "h2o": {"budget": BUDGET, "recent": 3},
     "knorm": {"budget": BUDGET},
     "keydiff": {"budget": BUDGET},
     "random_kv": {"budget": BUDGET},
 }
-NAMES = [pytest.param(name, marks=() if name in ("snapkv", "knorm") else pytest.mark.slow) for name in OPTIONS]
+NAMES = [pytest.param(name, marks=() if name in ("snapkv", "adakv", "knorm") else pytest.mark.slow) for name in OPTIONS]
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
@@ -94,12 +95,23 @@ def test_padding_is_never_kept_before_tokens(rule: str) -> None:
     of = shortened(rule)
     for layer, whole in zip(of.layers, of.whole, strict=True):
         count = layer.keys.shape[2]
+        if rule == "adakv":
+            _check_all_heads(layer.keys, whole.keys)
+            continue
         for row, pad in enumerate(PADS):
             real = whole.keys.shape[2] - pad
             for head in range(whole.keys.shape[1]):
                 same = (layer.keys[row, head][:, None] == whole.keys[row, head][None]).all(-1)
                 kept = same.nonzero()[:, 1].tolist()
                 assert len({*kept} & {*range(pad, pad + real)}) == min(real, count)
+
+
+def _check_all_heads(kept: Tensor, whole: Tensor) -> None:
+    """Heads that share a budget keep together as many tokens as if each had its own, and no padding before these."""
+    heads, count = kept.shape[1:3]
+    for row, pad in enumerate(PADS):
+        same = (kept[row].flatten(0, 1)[:, None] == whole[row, :, pad:].flatten(0, 1)[None]).all(-1)
+        assert len({*same.nonzero()[:, 1].tolist()}) == heads * min(whole.shape[2] - pad, count)
 
 
 @pytest.mark.parametrize("rule", NAMES)
@@ -201,6 +213,36 @@ def test_a_question_of_several_tokens_under_caches_of_many_lengths_and_windows()
             position_ids=both["position_ids"][:, tokens:],
             past_key_values=held,
         ).logits
+    assert difference(got, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+def test_heads_that_share_a_budget_free_memory_and_take_a_question_of_40_tokens(attention: str) -> None:
+    """Of 512 tokens half stay: exactly so many bytes, at heads of 64 numbers, and no key is faked."""
+    model = families.decoder("llama", fleet.TEXT | {"head_dim": 64, "max_position_embeddings": 1024}).eval()
+    model.set_attn_implementation(attention)
+    inputs = fleet.example(model, 1, text=511)
+    counted = cached.continued(inputs, inputs["input_ids"][:, :0])
+    with cached.observed(model) as calls, torch.no_grad():
+        model(**counted)
+    votes = partial(cached.votes, window=32, kernel=7, pool="max")
+    real = inputs["attention_mask"].bool().tolist()
+    chosen = cached.choices(calls, real, lambda _: votes, [256] * 3, cached.Joint(), recent=32)
+    assert any(len(heads[0]) != len(heads[1]) for rows in chosen for heads in rows)
+    both = cached.continued(inputs, torch.randint(5, 60, (1, 40), generator=torch.Generator().manual_seed(1)))
+    with cached.observed(model, cached.masks(chosen, 512), 512), torch.no_grad():
+        expected = model(**both, use_cache=False).logits[:, 512:]
+    tokcompile.compile(model, target="eager", rule="adakv", budget=0.5)
+    with torch.no_grad():
+        held = model(**counted).past_key_values
+        tensors = [tensor for layer in held.layers for tensor in (layer.keys, layer.values)]
+        token = 2 * 3 * 2 * 64 * 4  # keys and values, layers, heads, numbers, bytes
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 256 * token
+        assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 256 * token
+        own = {name: both[name][:, 512:] for name in ("input_ids", "position_ids")}
+        got = model(**own, attention_mask=both["attention_mask"], past_key_values=held).logits
+    tokcompile.restore(model)
+    assert {layer.keys.shape[2] for layer in held.layers} == {256 + 40}
     assert difference(got, expected) <= 2e-5
 
 

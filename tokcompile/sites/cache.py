@@ -27,7 +27,7 @@ VIEWS = {
 _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
 _GATHER = torch.ops.tokred.gather_tokens.default
-SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
+SHORTENED = {getattr(torch.ops.tokred, name).default for name in ("gather_keys", "gather_pairs", "merge_keys")}
 """What an eviction puts on what is handed back; attention reads all of it."""
 TURNED = torch.ops.tokred.turn_pairs.default
 """What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
