@@ -18,6 +18,8 @@ from tokcompile.errors import CaptureError, TokredError
 from tokcompile.program import Program
 
 _KEPT = "_tokcompile_carried"
+SPARE, LEFT = "static_spare", "static_left"
+"""Under which names steps that go on from buffers of a fixed size are told of the padding in them."""
 REMEDY = "compile with tokcompile.compile(model, rule=...), which keeps it on the cache"
 
 

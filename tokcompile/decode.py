@@ -24,6 +24,7 @@ from tokcompile.edit import Editor, Length, sub
 from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
+from tokcompile.fixedslots import check_rules, follow_fixed, is_fixed
 from tokcompile.padding import Cut, follow_padding, takes_padding, told
 from tokcompile.placetables import counted_rows
 from tokcompile.positions import recompute
@@ -67,6 +68,10 @@ def adapt_decode(
     evicted = {cut.first for cut in cuts if cut.alone}
     editor = Editor(program, rules[0].name, applied[0].counts)
     padding = sites.padding
+    if is_fixed(sites):
+        check_rules(rules)
+        follow_fixed(program, sites, cuts, editor)
+        return
     if cuts:
         follow_padding(program, sites, cuts, editor, first_mark)
         sites = find_sites(program)
