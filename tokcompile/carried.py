@@ -18,8 +18,8 @@ from tokcompile.errors import CaptureError, TokredError
 from tokcompile.program import Program
 
 _KEPT = "_tokcompile_carried"
-SPARE, LEFT = "static_spare", "static_left"
-"""Under which names steps that go on from buffers of a fixed size are told of the padding in them."""
+SPARE, LEFT, SHORT = "static_spare", "static_left", "static_short"
+"""Under which names steps that go on from buffers of a fixed size are told of the padding in them, and what they lack."""
 REMEDY = "compile with tokcompile.compile(model, rule=...), which keeps it on the cache"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.binding import RuleInstance
-from tokcompile.carried import LEFT, REMEDY, SPARE, padding_name, take
+from tokcompile.carried import LEFT, REMEDY, SHORT, SPARE, padding_name, take
 from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, TokredError
 from tokcompile.expr import has_expression, substitute
@@ -62,8 +62,6 @@ def _refused(step: Step, known: Mapping[str, Any], windows: bool) -> str | None:
     if isinstance(step, Evict) and of("when") != "prefill":
         return f"when: {of('when')}; with it the shapes of a DynamicCache stay the same, too"
     if isinstance(step, Drop | Merge) and not getattr(step, "of_caches", False):
-        if of("positions") == "compact":
-            return "positions: compact"
         return "tokens that are dropped before layers with a window" if windows else None
     return None
 
@@ -133,9 +131,7 @@ def _padded(program: Program, editor: Editor, past: Any, cuts: Sequence[Cut], nu
     taking = [cut.takes_padding for cut in cuts]
     what = "how much padding a static cache holds"
     if all(taking) and taking:
-        with program.fake_mode:
-            like = past.meta["val"].new_empty(past.meta["val"].shape[0], layers, dtype=torch.int64)
-        every = take(program, SPARE, like, what)
+        every = _of_layers(program, past, layers, SPARE, what)
         with editor.after([every, past]):
             return editor.call(aten.select.int, every, 1, number)
     if not any(taking):
@@ -147,6 +143,22 @@ def _padded(program: Program, editor: Editor, past: Any, cuts: Sequence[Cut], nu
         where=[cut.place for cut in cuts],
         remedy="choose among image tokens in all rules, or in none",
     )
+
+
+def _of_layers(program: Program, like: Node, layers: int, name: str, what: str) -> Node:
+    """Numbers of each layer's cache that the prompt's call handed on, int64 [B, layers]; `like` is [B, ...]."""
+    with program.fake_mode:
+        value = like.meta["val"].new_empty(like.meta["val"].shape[0], layers, dtype=torch.int64)
+    return take(program, name, value, what)
+
+
+def dropped_before(editor: Editor, sites: Sites, positions: Node, block: int) -> Node:
+    """By how much a block's cache holds less than the prompt, of as many dimensions as positions; equal in all rows."""
+    past, layers = next(c.past for c in sites.caches.values()), len(sites.stacks["decoder"].blocks)
+    assert past is not None
+    every = _of_layers(editor.program, past, layers, SHORT, "how many tokens of the prompt a static cache lacks")
+    one = editor.call(aten.select.int, editor.call(aten.slice.Tensor, every, 0, 0, 1), 1, block)
+    return editor.call(aten.view.default, one, [1] * positions.meta["val"].ndim)
 
 
 def _seen(editor: Editor, key: Node, slots: Node, padded: Node) -> Node:

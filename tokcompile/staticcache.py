@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokcompile.carried import LEFT, SPARE
+from tokcompile.carried import LEFT, SHORT, SPARE
 from tokcompile.dynamo import optional
 from tokcompile.errors import TokredError
 
@@ -150,8 +150,8 @@ def fill(cache: Any, held: Any, given: Mapping[str, Any], prompt: int, spare: in
 
     Returns:
         What later steps are told, rows first: int64 [B, layers], padding that each layer holds where rules evicted
-        padding before tokens, and int64 [B], padding on the left where they left it; and how much room there is behind
-        prompts of this model.
+        padding before tokens, int64 [B], padding on the left where they left it, and int64 [B, layers], by how much
+        each holds less than the prompt; and how much room there is behind prompts of this model.
 
     Raises:
         TokredError: a buffer is too small, or of another shape.
@@ -225,7 +225,8 @@ def _told(given: Mapping[str, Any], held: Any, prompt: int) -> dict[str, Tensor]
         mask = keys.new_ones(keys.shape[0], prompt)
     real = mask.to(device=keys.device).ne(0)
     left = real.long().cumsum(1).eq(0).sum(1)
-    return {SPARE: (counts[None] - real.sum(1, keepdim=True)).clamp_min(0), LEFT: left}
+    spare, short = (counts[None] - real.sum(1, keepdim=True)).clamp_min(0), prompt - counts
+    return {SPARE: spare, LEFT: left, SHORT: short.expand(keys.shape[0], -1)}
 
 
 def continued(cache: Any, given: Mapping[str, Any], tokens: int | None) -> dict[str, Any]:
