@@ -19,7 +19,7 @@ from tokcompile.program import Program
 
 _KEPT = "_tokcompile_carried"
 SPARE, LEFT, SHORT = "static_spare", "static_left", "static_short"
-"""Under which names steps that go on from buffers of a fixed size are told of the padding in them, and what they lack."""
+"""Under which names steps that go on from buffers of a fixed size are told of padding there, and of what is missing."""
 REMEDY = "compile with tokcompile.compile(model, rule=...), which keeps it on the cache"
 
 

@@ -1,9 +1,9 @@
 """Caches of a fixed size (transformers' StaticCache): a prompt fills them with what a rule leaves of it.
 
-A prompt runs with a cache that grows in its place, as it would without one: it attends to itself alone, and may be longer
-than the buffers. What is left of its keys and values is then written into the buffers, and from there on every step has
-the same shapes. How much of a buffer is filled is a number on the device; here the same is counted on the host, so that
-no step waits for the device.
+A prompt runs with a cache that grows in its place, as it would without one: it attends to itself alone, and may be
+longer than the buffers. What is left of its keys and values is then written into the buffers, and from there on every
+step has the same shapes. How much of a buffer is filled is a number on the device; here the same is counted on the
+host, so that no step waits for the device.
 """
 
 from __future__ import annotations
