@@ -12,7 +12,7 @@ import cached
 import fleet
 import pytest
 import torch
-from harness import difference, greedy, prune, refusal
+from harness import difference, greedy
 from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -439,12 +439,3 @@ def test_an_encoder_decoder_is_refused() -> None:
             input_ids=inputs["input_ids"], max_new_tokens=3, eos_token_id=None, cache_implementation="static"
         )
     assert "DynamicCache" in caught.value.remedy
-
-
-def test_plain_compile_names_what_fills_a_static_cache() -> None:
-    """A backend does not see the caches that are passed from call to call."""
-    model = fleet.build("llama")
-    pruned = prune(model, rule="knorm", budget=BUDGET)
-    with pytest.raises(Exception, match="does not say how many tokens it holds") as caught:
-        pruned(**prompt(model), past_key_values=empty(model, 32))
-    assert "tokcompile.compile" in refusal(caught.value).remedy and "DynamicCache" in refusal(caught.value).remedy
