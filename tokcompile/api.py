@@ -108,7 +108,6 @@ class _Around:
         given = imagesizes.precompute(self.model, named | kwargs)
         past = given.get("past_key_values")
         if staticcache.is_static(past):
-            check_rules(self.rules, slidingcache.has_windows(self.model))
             return self._fill(past, given) if staticcache.begins(past) else self._go_on(past, given)
         seen.check(past, given)
         before = seen.seen_before(past)
@@ -122,6 +121,7 @@ class _Around:
 
     def _fill(self, cache: Any, given: dict[str, Any]) -> Any:
         """Run a prompt with a cache that grows, and fill a static one with what it leaves."""
+        check_rules(self.rules, slidingcache.has_windows(self.model))
         held = staticcache.stand_in(self.model, cache, given)
         self.carried.before(None)
         out = self.compiled(**{**given, "past_key_values": held})
@@ -136,6 +136,7 @@ class _Around:
         given = staticcache.continued(cache, given, tokens)
         self.carried.before(cache)
         out = self.compiled(**given)
+        staticcache.check_compiled(self.carried.taken)
         self.carried.after(cache)
         staticcache.count(cache, tokens or 0)
         return out

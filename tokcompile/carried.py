@@ -28,14 +28,17 @@ class Carried:
 
     Attributes:
         values: by name; rows of the batch come first.
+        taken: whether a graph of the call that runs has taken any.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.taken = False
 
     def before(self, cache: Any) -> None:
         """Take from a cache what its conversation has handed on; None is a new one."""
         self.values = dict(getattr(cache, _KEPT, None) or {})
+        self.taken = False
 
     def after(self, cache: Any) -> None:
         """Keep on a cache what the call has handed on; None is a call without one."""
@@ -169,6 +172,7 @@ def carry(program: Program) -> Callable[[Callable[..., Any]], Callable[..., Any]
                     found=f"no {', '.join(missing)}",
                     remedy="run the prompt through the compiled model, and pass the cache that it returns",
                 )
+            carried.taken = carried.taken or bool(taken)
             results = list(compiled(*args, *(carried.values[name] for name in taken)))
             carried.values.update(zip(handed, (value.detach() for value in results[own:]), strict=True))
             return tuple(results[:own])

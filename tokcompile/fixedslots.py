@@ -19,9 +19,11 @@ from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, TokredError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, told
+from tokcompile.placetables import is_biased
 from tokcompile.program import Program, place
 from tokcompile.sites import Block, Sites, window_of
 from tokcompile.sites.attention import Attention, softmax_of
+from tokcompile.sites.concrete import evaluate
 from tokcompile.steps import Drop, Evict, Insert, Layer, Mark, Merge, Place, Rotate, Route, Step
 
 aten = torch.ops.aten
@@ -93,6 +95,7 @@ def follow_fixed(program: Program, sites: Sites, cuts: Sequence[Cut], editor: Ed
                 where=[place(block.attention.node)],
                 remedy="use transformers' DynamicCache",
             )
+        _check_mask(program, sites, block)
         padded = _padded(program, editor, cache.past, [c for c in cuts if c.shortens(number)], number, len(blocks))
         with editor.before(_entry(block.attention, sites)):
             seen = _seen(editor, cache.key, cache.slots, padded)
@@ -109,6 +112,20 @@ def _check_told(program: Program, sites: Sites) -> None:
             where=[place(past)],
             found=f"{past.meta['val'].shape[2]} slots",
             remedy=f"{REMEDY}; or use transformers' DynamicCache",
+        )
+
+
+def _check_mask(program: Program, sites: Sites, block: Block) -> None:
+    """Refuse a mask that says more than which keys are seen: it would be lost."""
+    mask = block.attention.mask
+    if mask is None or mask.meta["val"].dtype == torch.bool:
+        return
+    if is_biased(program, sites, block.attention) or evaluate(mask, sites.reach) is None:
+        raise CaptureError(
+            "an attention to a buffer of a fixed size adds more to its scores than a mask",
+            where=[place(block.attention.node)],
+            found="a bias, or values that are not known",
+            remedy="use transformers' DynamicCache",
         )
 
 

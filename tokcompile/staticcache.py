@@ -80,6 +80,8 @@ _METHODS = {
 
 def is_static(cache: Any) -> bool:
     """Whether a cache, or the part of it for the decoder's own tokens, has buffers of a fixed size."""
+    if cache is None:
+        return False
     kind = getattr(optional("transformers.cache_utils"), "StaticLayer", ())
     own = getattr(cache, "self_attention_cache", cache)
     return any(isinstance(layer, kind) for layer in getattr(own, "layers", None) or ())
@@ -263,6 +265,20 @@ def continued(cache: Any, given: Mapping[str, Any], tokens: int | None) -> dict[
     torch._assert_async(mask[:, -tokens:].ne(0).all(), "padding among the new tokens behind a static cache")
     columns = filled.prompt + filled.room  # what is right of a query is hidden from it anyway
     return {**given, "attention_mask": F.pad(mask, (0, columns - mask.shape[1]), value=1)}
+
+
+def check_compiled(taken: bool) -> None:
+    """Refuse the result of a step that Dynamo ran without a graph: the model alone sees empty slots, and padding.
+
+    Args:
+        taken: whether a graph has taken what is known of the cache.
+    """
+    if not taken:
+        raise TokredError(
+            "this step on a static cache was not compiled",
+            found="a model that Dynamo ran as it is, as it does at its limit of graphs",
+            remedy="a higher torch._dynamo.config.recompile_limit, or fewer shapes; TORCH_LOGS=recompiles says why",
+        )
 
 
 def count(cache: Any, tokens: int) -> None:
