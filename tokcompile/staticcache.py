@@ -260,11 +260,19 @@ def continued(cache: Any, given: Mapping[str, Any], tokens: int | None) -> dict[
             f"{filled.room} fit behind it",
             remedy="StaticCache(config, max_cache_len=N) with N the budget and all tokens that follow",
         )
+    given = {name: _laid_out(value) for name, value in given.items()}
     if mask is None:
-        return dict(given)
+        return given
     torch._assert_async(mask[:, -tokens:].ne(0).all(), "padding among the new tokens behind a static cache")
     columns = filled.prompt + filled.room  # what is right of a query is hidden from it anyway
     return {**given, "attention_mask": F.pad(mask, (0, columns - mask.shape[1]), value=1)}
+
+
+def _laid_out(value: Any) -> Any:
+    """A part of a longer tensor by itself: the length of the whole, in its strides, would be another in each step."""
+    if not isinstance(value, Tensor) or value.stride() == torch.empty(value.shape, device="meta").stride():
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def check_compiled(taken: bool) -> None:
