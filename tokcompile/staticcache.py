@@ -264,7 +264,10 @@ def continued(cache: Any, given: Mapping[str, Any], tokens: int | None) -> dict[
     if mask is None:
         return given
     torch._assert_async(mask[:, -tokens:].ne(0).all(), "padding among the new tokens behind a static cache")
-    columns = filled.prompt + filled.room  # what is right of a query is hidden from it anyway
+    if any(layer.is_sliding for layer in cache.layers):  # what is right of a query is hidden from it anyway
+        columns = filled.prompt + filled.room
+    else:  # nothing but the width of the mask is read, which is thus one for prompts of all lengths
+        columns = max(layer.max_cache_len for layer in cache.layers)
     return {**given, "attention_mask": F.pad(mask, (0, columns - mask.shape[1]), value=1)}
 
 
