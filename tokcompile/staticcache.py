@@ -95,7 +95,8 @@ def begins(cache: Any) -> bool:
     """
     if hasattr(cache, _FILLED):
         return False
-    if any(layer.is_initialized and int(layer.get_seq_length()) for layer in cache.layers):
+    own = getattr(cache, "layers", ())  # a cache of two parts has none of its own, and is refused
+    if any(layer.is_initialized and int(layer.get_seq_length()) for layer in own):
         raise TokredError(
             "this call goes on from a cache that no prompt of this compiled model has filled",
             found="a static cache with tokens in it",
