@@ -274,14 +274,23 @@ def test_steps_go_on_in_the_buffers_of_a_static_cache(rule: str) -> None:
     assert [int(layer.cumulative_length) for layer in held.layers] == [count + STEPS for count in counts]
 
 
-def test_a_static_cache_under_plain_compile_is_refused_and_a_dynamic_one_is_taken() -> None:
+@pytest.mark.parametrize(
+    ("early", "why"),
+    [(False, "from a cache that is not known"), (True, "does not say how many tokens it holds")],
+)
+def test_a_static_cache_under_plain_compile_is_refused_and_a_dynamic_one_is_taken(early: bool, why: str) -> None:
+    """A backend does not see caches from call to call; buffers may be there before the prompt, or be made in it."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 1, text=25)
     pruned = prune(model, rule="knorm", budget=BUDGET)
-    with pytest.raises(Exception, match="does not say how many tokens it holds") as caught:
-        pruned(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    held = StaticCache(config=model.config, max_cache_len=32)
+    if early:
+        held.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(Exception, match=why) as caught:
+        pruned(**inputs, past_key_values=held)
     remedy = refusal(caught.value).remedy
     assert "tokcompile.compile" in remedy and "transformers' DynamicCache" in remedy
+    torch._dynamo.reset()
     out = pruned(**inputs, past_key_values=DynamicCache(config=model.config))
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [BUDGET] * 3
 

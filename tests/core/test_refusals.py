@@ -250,7 +250,7 @@ def test_a_cache_of_a_fixed_size_is_not_taken_for_a_prompt() -> None:
     cache = StaticCache(config=model.config, max_cache_len=32)
     inputs = fleet.example(model, text=12) | {"past_key_values": cache}
     error = refused(model, inputs, CaptureError, rule="random", keep=4, among="all")
-    assert "32 slots" in error.found and "DynamicCache" in error.remedy
+    assert "13 queries and 32 keys" in error.found and "DynamicCache" in error.remedy
 
 
 def test_fewer_keys_of_another_sequence_than_later_steps_mask(recwarn: pytest.WarningsRecorder) -> None:
