@@ -69,6 +69,7 @@ def _create_masks_for_generate(model: nn.Module, **given: Any) -> Any:
         return getattr(type(model), "create_masks_for_generate", masks.create_masks_for_generate)(**given)
     if not getattr(cache, "_is_user_defined", False) and not hasattr(cache, _FILLED):
         setattr(cache, _WHOLE, True)  # which `generate` made, with room for the whole text
+        vars(model).pop("_previous_max_cache_length", None)  # or of the longest so far; `fill` keeps count of the room
     return given["attention_mask"]
 
 
