@@ -82,8 +82,6 @@ def _blocks(ctx: Context, step: Route) -> tuple[list[tuple[int, Block, Cache]], 
     blocks = [(i, b) for i, b in resolve_blocks(ctx.sites, step.at) if b not in ctx.sites.caches]
     windowed = [i for i, b in blocks if handed_back(b, ctx.sites.reach, outputs)]
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if not ctx.sites.reach.above(block.input, block.attention.key):
-            continue
         if window_of(block.attention, ctx.sites.reach) is not None:
             windowed.append(index)
             continue
