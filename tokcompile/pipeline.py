@@ -92,7 +92,8 @@ def _check_beginning(sites: Sites) -> None:
                 "this graph continues a sequence from a cache that is not known",
                 where=[place(block.attention.node)],
                 found=f"{queries} queries and {keys} keys",
-                remedy="call the model without a cache, or with transformers' DynamicCache",
+                remedy="call the model without a cache, or with transformers' DynamicCache; after "
+                "tokcompile.compile(model, rule=...) also with a StaticCache",
             )
 
 

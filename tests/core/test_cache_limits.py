@@ -287,13 +287,52 @@ def test_decoders_that_are_not_told_positions_are_refused(name: str, why: str) -
     assert error.where and error.remedy
 
 
-def test_a_static_cache_is_refused_and_a_dynamic_one_is_taken() -> None:
+@pytest.mark.parametrize("rule", NAMES)
+def test_steps_go_on_in_the_buffers_of_a_static_cache(rule: str) -> None:
+    """What stays of a prompt is in the caller's buffers, which stay what they are, and the next tokens go behind it."""
+    of, model = shortened(rule), fleet.build("llama")
+    counts = [layer.keys.shape[2] for layer in of.layers]
+    held = StaticCache(config=model.config, max_cache_len=max(counts) + STEPS)
+    options = OPTIONS[rule] | ({"when": "prefill"} if rule == "h2o" else {})
+    torch._dynamo.reset()
+    tokcompile.compile(model, target="eager", rule=rule, **options)
+    with torch.no_grad():
+        out = model(**of.inputs, past_key_values=held)
+        assert out.past_key_values is held and difference(out.logits, of.logits) <= 2e-5
+        places = [layer.keys.data_ptr() for layer in held.layers]
+        for layer, short in zip(held.layers, of.layers, strict=True):
+            assert layer.keys.shape[2] == max(counts) + STEPS
+            assert difference(layer.keys[:, :, : short.keys.shape[2]], short.keys) <= 2e-5
+        tokens = of.inputs["input_ids"].shape[1]
+        grown = cached.continued(of.inputs, torch.full((3, STEPS), 7))
+        for step in range(tokens, tokens + STEPS):
+            model(
+                input_ids=grown["input_ids"][:, step : step + 1],
+                attention_mask=grown["attention_mask"][:, : step + 1],
+                position_ids=grown["position_ids"][:, step : step + 1],
+                past_key_values=held,
+            )
+    assert [layer.keys.data_ptr() for layer in held.layers] == places
+    assert [int(layer.cumulative_length) for layer in held.layers] == [count + STEPS for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("early", "why"),
+    [(False, "from a cache that is not known"), (True, "does not say how many tokens it holds")],
+)
+def test_a_static_cache_under_plain_compile_is_refused_and_a_dynamic_one_is_taken(early: bool, why: str) -> None:
+    """A backend does not see caches from call to call; buffers may be there before the prompt, or be made in it."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 1, text=25)
     pruned = prune(model, rule="knorm", budget=BUDGET)
-    with pytest.raises(Exception, match="from a cache that is not known") as caught:
-        pruned(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=32))
-    assert "transformers' DynamicCache" in refusal(caught.value).remedy
+    held = StaticCache(config=model.config, max_cache_len=32)
+    if early:
+        held.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(Exception, match=why) as caught:
+        pruned(**inputs, past_key_values=held)
+    remedy = refusal(caught.value).remedy
+    assert "tokcompile.compile" in remedy and "transformers' DynamicCache" in remedy
+    torch._dynamo.reset()
     out = pruned(**inputs, past_key_values=DynamicCache(config=model.config))
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [BUDGET] * 3
 
