@@ -118,7 +118,8 @@ def export_onnx(
     if decode is None:
         return file
     step = steps.step_inputs(program, inputs)
-    return replace(file, decode=made(step, steps.step_axes(step, axes), decode)[1])
+    with steps.masks_that_fit(model, step["past_key_values"]):
+        return replace(file, decode=made(step, steps.step_axes(step, axes), decode)[1])
 
 
 def _check_options(opset: int, target: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tokcompile import attention
 from tokcompile.errors import CaptureError
 from tokcompile.onnx_export.dynamic import PAST, TOTAL, Axes
 
@@ -50,6 +52,21 @@ def step_inputs(prompt: ExportedProgram, inputs: Mapping[str, Any]) -> dict[str,
     mask = torch.cat([mask, torch.ones_like(ids)], 1)
     step = {"input_ids": ids.clone(), "attention_mask": mask, "past_key_values": cache}
     return step | ({"position_ids": mask.sum(1, keepdim=True) - 1} if "position_ids" in inputs else {})
+
+
+@contextmanager
+def masks_that_fit(model: nn.Module, cache: Any) -> Iterator[None]:
+    """While this lasts, attention has masks that fit caches of different lengths, where a cache has such.
+
+    transformers makes one mask for all layers, by the length of the first one's cache.
+    """
+    lengths = {layer.keys.shape[2] for layer in cache.layers if layer.keys is not None}
+    before = attention.install(model) if len(lengths) > 1 else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            attention.restore(model, before)
 
 
 def step_axes(step: Mapping[str, Any], prompt: Mapping[str, Axes]) -> dict[str, Axes]:
