@@ -4,6 +4,7 @@ from tokcompile.api import compile, export, restore, rewrite
 from tokcompile.calibration import calibrate
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.imagesizes import precompute
+from tokcompile.onnx_export.export import export_onnx
 from tokcompile.recording import Recording
 from tokcompile.weights import Weights
 
@@ -21,6 +22,7 @@ __all__ = [
     "calibrate",
     "compile",
     "export",
+    "export_onnx",
     "precompute",
     "restore",
     "rewrite",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from tokcompile import attention, imagesizes, seen, slidingcache, staticcache
+from tokcompile.batchwise import whole_batches
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import from_export
 from tokcompile.carried import Carried
@@ -168,7 +170,8 @@ def export(
     """
     install_hooks(model.modules())
     know_caches(model)
-    with torch.no_grad(), imagesizes.packed(model):
+    rows = nullcontext() if dynamic_shapes is None else whole_batches()
+    with torch.no_grad(), imagesizes.packed(model), rows:
         given = imagesizes.precompute(model, inputs)
         return torch.export.export(model, (), given, dynamic_shapes=dynamic_shapes, strict=False)
 

@@ -26,13 +26,14 @@ aten = torch.ops.aten
 class Editor:
     """Edits one program for one step of a rule.
 
-    Every node it makes gets its fake value at once, the module and source line of the node it stands before, and the
-    rule's name in `meta["custom"]["tokred"]`.
+    Every node it makes gets its fake value at once, the module and source line of the node it stands before, and in
+    `meta["custom"]` the rule's name (`tokred`) and, where one is known, the step's file, line and verb (`tokred_step`).
     """
 
-    def __init__(self, program: Program, rule: str, counts: Counter[str] | None = None) -> None:
+    def __init__(self, program: Program, rule: str, counts: Counter[str] | None = None, step: str = "") -> None:
         self.program = program
         self.rule = rule
+        self.step = step
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.made: set[Node] = set()
         self._anchor: Node | None = None
@@ -79,7 +80,7 @@ class Editor:
         for key in ("nn_module_stack", "stack_trace"):
             if self._anchor is not None and key in self._anchor.meta:
                 node.meta[key] = self._anchor.meta[key]
-        node.meta["custom"] = {"tokred": self.rule}
+        node.meta["custom"] = {"tokred": self.rule} | ({"tokred_step": self.step} if self.step else {})
         node.meta["val"] = self.evaluate(node)
         self.made.add(node)
         self.counts["inserted"] += 1

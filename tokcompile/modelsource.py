@@ -33,7 +33,8 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        weights: `zoo`, as the zoo has them; `random`; `none` where a model was built as shapes alone.
+        weights: `zoo`, as the zoo has them; `own`, as a folder or the hub has them; `random`; `none` where a model was
+            built as shapes alone.
     """
 
     name: str
@@ -55,6 +56,26 @@ def load_source(name: str, batch: int = 1) -> Source:
         return _zoo(name, batch)
     config = _config(name)
     return from_config(config, name, batch)
+
+
+def with_weights(name: str, batch: int = 1) -> Source:
+    """Load the model that a user names with its weights, and example inputs as `load_source` makes them.
+
+    Raises:
+        TokredError: there is no such model, it cannot be read, or no inputs are known for its kind.
+    """
+    if name.startswith(ZOO):
+        return load_source(name, batch)
+    kind = _class(_config(name))
+    try:
+        model = kind.from_pretrained(name).eval()
+    except Exception as error:  # whatever the hub, a proxy or a broken file raises
+        raise RuleError(
+            f"the weights of '{name}' cannot be loaded",
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="zoo:NAME, or a folder or an id with weights",
+        ) from error
+    return Source(name, model, example_inputs(model, batch), "own")
 
 
 def _zoo(name: str, batch: int) -> Source:

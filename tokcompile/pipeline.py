@@ -104,13 +104,11 @@ def _run(program: Program, sites: Sites, instance: RuleInstance, applied: Applie
         ctx = Context(program, editor, sites, resolved, counts=applied.counts)
         read = masked_lengths(program, sites)
         for step in resolved.steps:
-            try:
+            with _inside(ctx, instance, step):
                 _check_order(program, step)
                 PASSES[step.verb](ctx, step)
                 if read:
                     check_lengths(program, ctx.sites, read)
-            except TokredError as error:
-                raise error.inside(f"{resolved.place(step)} ({step.verb})") from error
     except TokredError as error:
         if earlier:
             raise error.inside(f"rule '{instance.name}', after {', '.join(earlier)}") from error
@@ -152,18 +150,20 @@ def _turn_decode(
     ctx = Context(program, editor, find_sites(program), instance, dict(given), counts=applied.counts)
     ctx.shortened = shortened
     for step in instance.resolve_only(steps, known):
-        with _inside(instance, step):
+        with _inside(ctx, instance, step):
             PASSES[step.verb](ctx, step)
     applied.steps += ctx.log
 
 
 @contextmanager
-def _inside(instance: RuleInstance, step: Step) -> Iterator[None]:
-    """Say in errors which step of which rule file they are of."""
+def _inside(ctx: Context, instance: RuleInstance, step: Step) -> Iterator[None]:
+    """Say in errors, and in the nodes that are made, which step of which rule file they are of."""
+    where = f"{instance.rule.path}:{step.line} ({step.verb})"
+    ctx.editor.step = where
     try:
         yield
     except TokredError as error:
-        raise error.inside(f"{instance.rule.path}:{step.line} ({step.verb})") from error
+        raise error.inside(where) from error
 
 
 def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied) -> None:
@@ -181,10 +181,10 @@ def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int]
     ctx = Context(program, editor, find_sites(program), resolved, counts=applied.counts)
     for step in evicting:
         if step.positions == "rank":
-            with _inside(instance, step):
+            with _inside(ctx, instance, step):
                 ctx.values.setdefault(PLACES, {}).update(read_by_rank(ctx, step.at))
     for step in steps:
-        with _inside(instance, step):
+        with _inside(ctx, instance, step):
             PASSES[step.verb](ctx, step)
     applied.steps += ctx.log
 

@@ -22,7 +22,7 @@ from tokcompile.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
-from tokcompile.rulefile import parse_rules
+from tokcompile.rulefile import load_rule, parse_rules
 from tokcompile.sites import find_sites
 from tokcompile.tokenmap import make_map
 from tokcompile.transport import Transport
@@ -106,6 +106,11 @@ def test_every_node_that_a_rule_makes_is_stamped_with_its_name_and_place() -> No
     apply_rules(program, parse_rules({"rule": "fastv", "keep": 5}))
     made = [n for n in program.graph.nodes if n not in before]
     assert made and all(n.meta["custom"]["tokred"] == "fastv" for n in made)
+    rule = load_rule("fastv")
+    steps = {f"{rule.path}:{step.line} ({step.verb})" for step in rule.steps}
+    assert {n.meta["custom"]["tokred_step"] for n in made} == steps
+    (cut,) = {n.meta["custom"]["tokred_step"] for n in made if n.target is torch.ops.tokred.kept_indices.default}
+    assert cut.endswith("(drop)")
     assert all("val" in n.meta for n in made)
 
 

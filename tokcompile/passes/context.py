@@ -79,7 +79,7 @@ class Context:
         """Match the sites again, after an edit."""
         self.program.changed()
         self.sites = find_sites(self.program)
-        self.editor = Editor(self.program, self.editor.rule, self.counts)
+        self.editor = Editor(self.program, self.editor.rule, self.counts, self.editor.step)
 
     def renew(self) -> None:
         """Match the sites again, after an edit that changed no axis: what earlier steps made stays valid."""

@@ -1,0 +1,165 @@
+"""What may stand in a graph that goes to a target, and who put there what may not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from tokcompile.errors import LowerError
+from tokcompile.program import place
+
+aten = torch.ops.aten
+
+Reason = tuple[str, str]
+"""What is wrong with a call, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime and what it cannot do.
+
+    Attributes:
+        most: the greatest number of values that a TopK, and so a sort, may return; None for any.
+        calls: for operators that it has in some cases only, what is wrong with a call; None where nothing is.
+    """
+
+    name: str
+    most: int | None = None
+    calls: dict[Any, Callable[[Node], Reason | None]] = field(default_factory=dict)
+
+    def refuses(self, node: Node) -> Reason | None:
+        """What is wrong with a call for this target."""
+        check = self.calls.get(node.target)
+        return (check(node) if check else None) or self._too_many(node)
+
+    def _too_many(self, node: Node) -> Reason | None:
+        if self.most is None or node.target not in _RANKED:
+            return None
+        count = _RANKED[node.target](node)
+        if isinstance(count, int) and count <= self.most:
+            return None
+        return f"a TopK of {count} values, and {self.name} takes at most {self.most}", "a smaller budget"
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call by their names in its schema, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
+
+
+def _scatter(node: Node) -> Reason | None:
+    """The exporter writes a scatter of means as one without any reduction: wrong values, and no warning."""
+    if _arguments(node)["reduce"] != "mean":
+        return None
+    return "ONNX has no scatter that takes means", "scatter sums and counts, and divide"
+
+
+def _bits(node: Node) -> Reason | None:
+    source, wanted = _arguments(node)["self"].meta["val"].dtype, _arguments(node)["dtype"]
+    if (source, wanted) == (torch.float32, torch.int32):
+        return None
+    return f"ONNX has no operator that reads bits of {source} as {wanted}", "read float32 as int32"
+
+
+def _distance(node: Node) -> Reason | None:
+    p = _arguments(node)["p"]
+    return None if p == 2 else (f"distances of norm {p} have no form", "Euclidean distances")
+
+
+def _sorted_size(node: Node) -> Any:
+    found = _arguments(node)
+    return found["self"].meta["val"].shape[found["dim"]]
+
+
+_RANKED: dict[Any, Callable[[Node], Any]] = {
+    aten.topk.default: lambda node: _arguments(node)["k"],
+    aten.sort.default: _sorted_size,
+    aten.sort.stable: _sorted_size,
+}
+"""Operators that become a TopK, and of how many values."""
+
+ONNX = Target(
+    "onnx",
+    calls={
+        aten.scatter_reduce.two: _scatter,
+        aten.view.dtype: _bits,
+        aten._cdist_forward.default: _distance,
+    },
+)
+TARGETS = {target.name: target for target in (ONNX,)}
+
+
+def check(decomposed: ExportedProgram, rewritten: ExportedProgram, target: Target) -> None:
+    """Refuse a decomposed program with a call that a target cannot do, or does wrongly.
+
+    Raises:
+        LowerError: with the operator, the tokred operator and the rule's step, or the line of the model, it comes from.
+    """
+    for node in decomposed.graph.nodes:
+        reason = target.refuses(node) if node.op == "call_function" else None
+        if reason is not None:
+            raise refused(node, rewritten, *reason)
+
+
+def refused(node: Node, rewritten: ExportedProgram, cause: str, remedy: str) -> LowerError:
+    """The error for a node of a decomposed program."""
+    return LowerError(cause, where=provenance(node, rewritten), found=str(node.target), remedy=remedy)
+
+
+def provenance(node: Node, rewritten: ExportedProgram) -> list[str]:
+    """Where a node of a decomposed program comes from: rule, step, `tokred` operator, and place in the model."""
+    origin = _origin(node, rewritten)
+    made = node.meta.get("custom") or (origin.meta.get("custom") if origin else None) or {}
+    where = []
+    if "tokred" in made:
+        where.append(" ".join(filter(None, [f"rule '{made['tokred']}'", made.get("tokred_step", "")])))
+    if origin is not None and str(origin.target).startswith("tokred."):
+        where.append(f"operator tokred::{str(origin.target).split('.')[1]}")
+    return [*where, place(origin if origin is not None else node)]
+
+
+def _origin(node: Node, rewritten: ExportedProgram) -> Node | None:
+    """The node of the rewritten program that a decomposition made a node from."""
+    known = {n.name: n for n in rewritten.graph.nodes if n.op == "call_function"}
+    sources = list(node.meta.get("from_node") or ())
+    while sources:
+        source = sources.pop()
+        if source.name in known:
+            return known[source.name]
+        sources.extend(source.from_node or ())
+    return None
+
+
+def untranslated(error: Exception, rewritten: ExportedProgram) -> LowerError:
+    """The error for an operator that the exporter has no ONNX form of, from what the exporter says."""
+    said = _causes(error)
+    found = re.search(r"target=torch\.ops\.(\w+)\.(\w+)\.(\w+)", said)
+    if found is None:
+        return LowerError(
+            "torch could not write the model as ONNX",
+            found=said.strip().splitlines()[0] if said.strip() else type(error).__name__,
+            remedy="the error before this one has the whole account",
+        )
+    operator = getattr(getattr(getattr(torch.ops, found[1]), found[2]), found[3])
+    table = torch.export.default_decompositions()
+    table.pop(operator, None)
+    calls = [n for n in rewritten.run_decompositions(table).graph.nodes if n.target == operator]
+    cause, remedy = f"{found[1]}::{found[2]} has no form in ONNX", "another rule or option, or another spelling of it"
+    if not calls:
+        return LowerError(cause, found=f"{found[1]}.{found[2]}.{found[3]}", remedy=remedy)
+    return refused(calls[0], rewritten, cause, remedy)
+
+
+def _causes(error: BaseException | None) -> str:
+    lines = []
+    while error is not None:
+        lines.append(str(error))
+        error = error.__cause__
+    return "\n".join(reversed(lines))
