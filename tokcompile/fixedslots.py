@@ -19,8 +19,10 @@ from tokcompile.edit import Editor
 from tokcompile.errors import CaptureError, TokredError
 from tokcompile.expr import has_expression, substitute
 from tokcompile.padding import Cut, told
+from tokcompile.passes.jointheads import is_joint
 from tokcompile.placetables import is_biased
 from tokcompile.program import Program, place
+from tokcompile.rulefile import Rule
 from tokcompile.sites import Block, Sites, window_of
 from tokcompile.sites.attention import Attention, softmax_of
 from tokcompile.sites.concrete import evaluate
@@ -42,7 +44,7 @@ def check_rules(rules: Sequence[RuleInstance], windows: bool = False) -> None:
     for rule in rules:
         known = {k: v for k, v in rule.params.items() if not has_expression(v)}
         for step in rule.rule.steps:
-            why = _refused(step, known, windows)
+            why = _refused(rule.rule, step, known, windows)
             if why is not None:
                 raise TokredError(
                     "this rule does not go with a static cache",
@@ -52,7 +54,7 @@ def check_rules(rules: Sequence[RuleInstance], windows: bool = False) -> None:
                 )
 
 
-def _refused(step: Step, known: Mapping[str, Any], windows: bool) -> str | None:
+def _refused(rule: Rule, step: Step, known: Mapping[str, Any], windows: bool) -> str | None:
     def of(field: str) -> str:
         value = getattr(step, field)
         return str(substitute(value, known) if has_expression(value) else value)
@@ -63,6 +65,8 @@ def _refused(step: Step, known: Mapping[str, Any], windows: bool) -> str | None:
         return "tokens that are put into a text and cached"
     if isinstance(step, Evict) and of("when") != "prefill":
         return f"when: {of('when')}; with it the shapes of a DynamicCache stay the same, too"
+    if isinstance(step, Evict) and is_joint(rule, step, known):
+        return "heads: joint, which keeps unequal numbers of keys for the heads of a block"
     if isinstance(step, Drop | Merge) and not getattr(step, "of_caches", False):
         return "tokens that are dropped before layers with a window" if windows else None
     return None

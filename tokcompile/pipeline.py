@@ -196,7 +196,7 @@ def _read_joint(program: Program, instance: RuleInstance, known: dict[str, int],
             editor = Editor(program, instance.name, applied.counts)
             ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts)
             (resolved,) = instance.resolve_only([step], known)
-            with _inside(instance, step):
+            with _inside(ctx, instance, step):
                 attend_to_owned(ctx, resolved)
             applied.steps += ctx.log
 

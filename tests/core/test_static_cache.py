@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pyramidkv": {"budget": BUDGET, "window": 2, "kernel": 1, "beta": 4},
     "knorm": {"budget": BUDGET},
     "random_kv": {"budget": BUDGET},
-    "ems": {"budget": 12, "window": 4, "recent": 4},
+    "ems": {"budget": 12, "window": 4},
     "dapq": {"budget": BUDGET},
     "fastv": {"layer": 1, "keep": 6},
     "hiprune": {"keep": 6},
@@ -92,7 +92,7 @@ CASES = [
         pytest.param("llama", [name], marks=pytest.mark.slow)
         for name in ("knorm", "random_kv", "ems", "dapq", "random")
     ),
-    *(pytest.param("llava", [name], marks=pytest.mark.slow) for name in ("snapkv", "pyramidkv", "hiprune", "random")),
+    *(pytest.param("llava", [name], marks=pytest.mark.slow) for name in ("snapkv", "pyramidkv", "hiprune")),
     pytest.param("llava", ["hiprune", "random_kv"], marks=pytest.mark.slow),
     pytest.param(HYBRID, ["pyramidkv"], marks=pytest.mark.slow),
 ]
@@ -441,6 +441,7 @@ def test_a_step_that_does_not_say_where_it_stands_is_refused() -> None:
     [
         ({"rule": "h2o", "budget": BUDGET, "recent": 3}, "when: both"),
         ({"rule": "tokenselect"}, "'route'"),
+        ({"rule": "adakv", "budget": BUDGET, "window": 4}, "heads: joint"),
         ({"rule": "rope_scaling", "factor": 2.0}, "'rotate'"),
         ({"rule": "meta_tokens"}, "tokens that are put into a text"),
     ],
