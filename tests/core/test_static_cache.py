@@ -84,10 +84,10 @@ def phases(report: Report) -> list[str]:
 
 CASES = [
     ("llama", ["snapkv"]),
-    ("qwen2", ["pyramidkv"]),
-    ("llava", ["fastv"]),
-    (HYBRID, ["knorm"]),
-    ("llava", ["fastv", "snapkv"]),
+    pytest.param("qwen2", ["pyramidkv"], marks=pytest.mark.slow),
+    pytest.param("llava", ["fastv"], marks=pytest.mark.slow),
+    pytest.param(HYBRID, ["knorm"], marks=pytest.mark.slow),
+    pytest.param("llava", ["fastv", "snapkv"], marks=pytest.mark.slow),
     *(
         pytest.param("llama", [name], marks=pytest.mark.slow)
         for name in ("knorm", "random_kv", "ems", "dapq", "random")
@@ -119,12 +119,13 @@ def test_generation_is_that_of_a_cache_that_grows(name: str, rules: list[str]) -
     assert phases(report)[0] == "prefill" and set(phases(report)[1:]) == {"decode"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "pads", "steps"),
     [
         (7, (0, 3), 9),  # the windows get full on the way
         (25, (0, 14), 3),  # they are full from the start; they see padding yet
-        pytest.param(3, (0, 1), 3, marks=pytest.mark.slow),  # they are never full
+        (3, (0, 1), 3),  # they are never full
     ],
 )
 def test_windows_keep_what_theirs_do(text: int, pads: tuple[int, ...], steps: int) -> None:
@@ -151,6 +152,7 @@ def test_windows_are_as_long_as_they_are_in_a_cache_that_a_caller_makes_short() 
     assert [layer.keys.shape[2] for layer in held.layers] == [12, BUDGET + 2] * 2
 
 
+@pytest.mark.slow
 def test_compacted_positions_of_two_drops() -> None:
     """Blocks 0, 1 and 2 hold different numbers of the prompt's tokens, and keys are evicted beside."""
     model = built("llava")
@@ -191,7 +193,7 @@ def test_one_graph_does_all_steps_in_place(name: str) -> None:
     assert [int(layer.cumulative_length) for layer in held.layers] == [count + 12 for count in counts]
 
 
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
+@pytest.mark.parametrize("name", ["snapkv", pytest.param("pyramidkv", marks=pytest.mark.slow)])
 def test_a_cache_that_a_caller_makes_is_used_as_it_is(name: str) -> None:
     """Shorter than the prompt: of as many bytes as the budget and the new tokens take."""
     model = built("llama")
@@ -266,6 +268,7 @@ def test_a_question_of_several_tokens_sees_what_stays(name: str) -> None:
         assert difference(one, other) <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_turn_goes_on_with_generate() -> None:
     model = built("llama")
     inputs = prompt(model)
@@ -304,6 +307,7 @@ def test_calls_in_a_row_share_the_graph_of_their_steps() -> None:
     assert {layer.keys.shape[2] for out in got for layer in out.past_key_values.layers} == {BUDGET + NEW - 1}
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_reset_is_filled_anew() -> None:
     model = built("llama")
     first, second = prompt(model), prompt(model, 30, seed=1)
@@ -320,6 +324,7 @@ def test_a_cache_that_was_reset_is_filled_anew() -> None:
     same(got, expected)
 
 
+@pytest.mark.slow
 def test_beams_take_their_numbers_along() -> None:
     model = built("llama")
     inputs = prompt(model)
@@ -331,6 +336,7 @@ def test_beams_take_their_numbers_along() -> None:
     same(got, expected)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_is_that_of_a_cache_that_grows() -> None:
     """A rule evicts from the first chunk alone; `generate` makes the buffers before it."""
     model = built("llama")
@@ -343,6 +349,7 @@ def test_a_prompt_in_chunks_is_that_of_a_cache_that_grows() -> None:
     assert {int(layer.cumulative_length) for layer in got.past_key_values.layers} == {BUDGET + 13 + NEW - 1}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_once_more() -> None:
     """As `generate` does by itself on a GPU."""
     model = built("llama")
@@ -383,6 +390,7 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
         assert f"{NEW - 2} fit behind it" in caught.value.found
 
 
+@pytest.mark.slow
 def test_a_cache_for_another_batch_is_refused() -> None:
     model = built("llama")
     held = empty(model, 40)
