@@ -287,7 +287,7 @@ def test_decoders_that_are_not_told_positions_are_refused(name: str, why: str) -
     assert error.where and error.remedy
 
 
-@pytest.mark.parametrize("rule", NAMES)
+@pytest.mark.parametrize("rule", [name for name in NAMES if name.values != ("adakv",)])
 def test_steps_go_on_in_the_buffers_of_a_static_cache(rule: str) -> None:
     """What stays of a prompt is in the caller's buffers, which stay what they are, and the next tokens go behind it."""
     of, model = shortened(rule), fleet.build("llama")
