@@ -176,11 +176,75 @@ def pyramid(budget: int, window: int, beta: int, blocks: int, tokens: int) -> li
     return [count + window for count in out]
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Ada-KV (Feng et al. 2024): how heads share a budget."""
+
+    floor: Fraction = Fraction(1, 5)
+    floor_by: str = "blend"
+
+    def kept(self, heads: Heads, budget: int, sinks: int = 0, recent: int = 0) -> list[list[int]]:
+        """Of each head the keys that stay, ascending; of all heads together so many times the budget."""
+        count, budget = len(heads[0]), min(budget, len(heads[0]))
+        forced = {j for j in range(count) if j < sinks or j >= count - recent}
+        own = [sorted(range(count), key=lambda j, s=scores: (j not in forced, -s[j], j)) for scores in heads]
+        first = {(h, j) for h in range(len(heads)) for j in forced}
+        if self.floor_by == "reserve":
+            sure = max(math.floor(self.floor * budget), 1)
+            first |= {(h, j) for h, places in enumerate(own) for j in places[:sure]}
+        pairs = [(h, j) for h in range(len(heads)) for j in range(count)]
+        pairs.sort(key=lambda pair: (pair not in first, -heads[pair[0]][pair[1]], pair[1], pair[0]))
+        won = [[j for h, j in pairs[: budget * len(heads)] if h == head] for head in range(len(heads))]
+        if self.floor_by == "reserve":
+            return [sorted(places) for places in won]
+        exact = [len(places) * (1 - self.floor) + budget * self.floor for places in won]
+        counts = [math.floor(value) for value in exact]
+        while sum(counts) < budget * len(heads):
+            behind = max(range(len(heads)), key=lambda h: (exact[h] - counts[h], -h))
+            counts[behind] += 1
+        return [sorted(places[:n]) for places, n in zip(own, counts, strict=True)]
+
+
+def check_held(layer: Any, keys: Tensor, values: Tensor, rows: list[list[list[int]]], shared: bool = False) -> None:
+    """Check that a layer of a cache holds what stays of whole keys and values, and padding in front of short rows.
+
+    Args:
+        rows: for each row and cached head the places that stay.
+        shared: whether heads share a budget: slots are then of any head.
+    """
+    length = layer.keys.shape[2]
+    for row, heads in enumerate(rows):
+        if shared:
+            own, places = zip(*flattened(heads), strict=True)
+            held, want = layer.keys[row].flatten(0, 1), keys[row, list(own), list(places)]
+            found = torch.arange(len(held))  # two heads may hold the same keys
+            if len(held) > len(want):  # padding stands before the tokens of each head
+                found = (held[None] == want[:, None]).all(-1).int().argmax(1)
+            assert found.tolist() == sorted({*found.tolist()})
+            assert torch.equal(held[found], want)
+            assert torch.equal(layer.values[row].flatten(0, 1)[found], values[row, list(own), list(places)])
+            continue
+        for head, places in enumerate(heads):
+            start = length - len(places)
+            assert torch.equal(layer.keys[row, head, start:], keys[row, head, places])
+            assert torch.equal(layer.values[row, head, start:], values[row, head, places])
+
+
+def flattened(heads: list[list[int]]) -> list[tuple[int, int]]:
+    """Slots of a row's cache in order, where heads share a budget: which place of which head each holds."""
+    return [(head, place) for head, places in enumerate(heads) for place in places]
+
+
 Score = Callable[[Seen, int, list[int]], Heads]
 
 
 def choices(
-    calls: Sequence[Seen], real: list[list[bool]], score: Callable[[int], Score], budgets: Sequence[int], **ends: int
+    calls: Sequence[Seen],
+    real: list[list[bool]],
+    score: Callable[[int], Score],
+    budgets: Sequence[int],
+    joint: Joint | None = None,
+    **ends: int,
 ) -> list[list[list[list[int]]]]:
     """Which keys stay: for each layer, row and cached head their places, ascending."""
     out = []
@@ -189,7 +253,11 @@ def choices(
         for row, valid in enumerate(real):
             places = [i for i, here in enumerate(valid) if here]
             heads = score(block)(seen, row, places)
-            rows.append([[places[j] for j in kept(each, budgets[block], **ends)] for each in heads])
+            if joint is None:
+                stay = [kept(each, budgets[block], **ends) for each in heads]
+            else:
+                stay = joint.kept(heads, budgets[block], **ends)
+            rows.append([[places[j] for j in each] for each in stay])
         out.append(rows)
     return out
 

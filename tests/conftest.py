@@ -14,7 +14,8 @@ import unloaded
 from hypothesis import settings
 
 unloaded.declare_operators()
-torch.set_num_threads(2)
+# Workers share the processor's cores: with two threads each, they would wait for each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # A busy machine is no failure, and a run must say the same twice.
 settings.register_profile("tokcompile", deadline=None, derandomize=True)

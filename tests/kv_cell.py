@@ -6,11 +6,14 @@ Needs torch and transformers, and the library that it measures: it runs in envir
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -48,6 +51,24 @@ def held(cache: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+class Clock:
+    """Notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Stop nothing."""
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def bytes_per_token(model: LlamaForCausalLM) -> int:
+    """What the keys and values of one token hold in all layers."""
+    it = model.config
+    return it.num_hidden_layers * 2 * it.num_key_value_heads * it.head_dim * model.dtype.itemsize
+
+
 def count(tokens: int) -> dict[str, Any]:
     """Options for exactly so many new tokens, the most likely ones."""
     return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
@@ -78,32 +99,34 @@ def main() -> None:
         press = getattr(kvpress, name)(compression_ratio=1 - given.budget / given.context, **more)
         around = lambda: press(model)  # noqa: E731
 
-    def run(tokens: int) -> tuple[float, Any]:
-        cache = DynamicCache()
+    def run(tokens: int) -> tuple[float, list[float], Any]:
+        """The seconds until the first token, and those of each further one, and the cache."""
+        cache, clock = DynamicCache(), Clock()
         with around(), torch.no_grad():
             start = time.perf_counter()
-            model.generate(ids, past_key_values=cache, **count(tokens))
-            return time.perf_counter() - start, cache
+            model.generate(ids, past_key_values=cache, stopping_criteria=[clock], **count(tokens))
+        return clock.times[0] - start, [after - before for before, after in pairwise(clock.times)], cache
 
     run(4)  # compiles
-    run(4)
-    prompts, whole = [], []
+    prompts, steps = [], []
     for _ in range(given.rounds):
-        prompts.append(run(1)[0])
-        whole.append(run(1 + given.steps)[0])
+        prompt, each, _ = run(1 + given.steps)
+        prompts.append(prompt)
+        steps += each
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    _, cache = run(1)
+    *_, cache = run(1)
     print(
         json.dumps(
             {
                 "prefill": min(prompts),
-                "decode": (min(whole) - min(prompts)) / given.steps,
+                "decode": median(steps),
                 "peak": memory("VmHWM") - before,
                 "cache": held(cache),
                 "kept": cache.layers[0].keys.shape[2],
-                "token": held(cache) // cache.layers[0].keys.shape[2],
+                "token": bytes_per_token(model),
             }
         )
     )

@@ -26,14 +26,23 @@ INTRO = """\
 # Speed and memory of shortened caches
 
 What `make bench-kv` measured: {made}.
-A Llama of {parameters:.0f} million parameters with random weights, float32, {threads} threads, batch 1; the best of
-{rounds} rounds. *Prefill* is `generate` of one token, *decode* the time of each further one of {steps}. The columns are
-times of the others over tokred's. {peer} has the same weights, method and budget, in eager mode, which is how it runs.
-*Memory* is what keys and values hold after the prompt, over budget times bytes per token; *peak* is what a prompt takes
-beside the model, tokred's over the peer's.
+A Llama of {parameters:.0f} million parameters with random weights, float32, {threads} threads, batch 1, in `generate`.
+*Prefill* is the time to the first token, the best of {rounds} rounds; *decode* the median of the {steps} tokens after
+it. {peer} has the same weights, method and budget, in eager mode, which is how it runs. *Ideal* is a prompt of as many
+tokens as the budget, compiled in the same way, of which nothing is evicted.
 
-| rule | context | budget | decode: full cache, eager | full cache, Inductor | peer | prefill: peer | memory | peak |
+How many times longer the others take than tokred (above 1: tokred is faster):
+
+| rule | context | budget | decode: full cache, eager | full cache, Inductor | peer | ideal | prefill: Inductor | peer |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+{times}
+
+What keys and values hold after the prompt over budget times bytes per token, and what a prompt takes at its peak beside
+the model, in MB:
+
+| rule | context | budget | keys and values | peak: full cache, Inductor | peer | tokred |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+{memory}
 """
 
 
@@ -55,16 +64,17 @@ def cell(python: Path | str, how: str, **given: Any) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def row(rule: str, context: int, budget: int, found: dict[str, dict[str, Any]]) -> str:
-    """A line of the table."""
+def rows(rule: str, context: int, budget: int, found: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """A line of each table."""
     own = found["tokred"]
     assert own["kept"] == found["kvpress"]["kept"] == budget, "the two keep as many keys"
-    decode = [found[way]["decode"] / own["decode"] for way in ("eager", "inductor", "kvpress")]
-    return (
-        f"| {rule} | {context} | {budget} | "
-        + " | ".join(f"{ratio:.2f}" for ratio in (*decode, found["kvpress"]["prefill"] / own["prefill"]))
-        + f" | {own['cache'] / (budget * own['token']):.3f} | {own['peak'] / found['kvpress']['peak']:.2f} |"
-    )
+    decode = [found[way]["decode"] / own["decode"] for way in ("eager", "inductor", "kvpress", "ideal")]
+    prefill = [found[way]["prefill"] / own["prefill"] for way in ("inductor", "kvpress")]
+    peaks = [found[way]["peak"] / 1e6 for way in ("inductor", "kvpress", "tokred")]
+    start = f"| {rule} | {context} | {budget} | "
+    times = start + " | ".join(f"{ratio:.2f}" for ratio in (*decode, *prefill)) + " |"
+    held = own["cache"] / (budget * own["token"])
+    return times, start + " | ".join([f"{held:.3f}", *(f"{peak:.0f}" for peak in peaks)]) + " |"
 
 
 def main() -> None:
@@ -81,24 +91,27 @@ def main() -> None:
     given = parser.parse_args()
     other = peer_python(given.environment, given.pip)
     shared = {"budget": given.budget, "layers": given.layers, "steps": given.steps, "rounds": given.rounds}
-    lines = []
+    tables: list[tuple[str, str]] = []
+    ideal = cell(sys.executable, "tokred", rule="knorm", context=given.budget, **shared)
     for context in given.contexts:
         full = {way: cell(sys.executable, way, context=context, **shared) for way in WAYS[:2]}
         for rule in given.rules:
             each = {"tokred": sys.executable, "kvpress": other}
             found = {way: cell(python, way, rule=rule, context=context, **shared) for way, python in each.items()}
-            lines.append(row(rule, context, given.budget, full | found))
-            print(lines[-1], flush=True)
+            tables.append(rows(rule, context, given.budget, full | found | {"ideal": ideal}))
+            print(*tables[-1], sep="\n", flush=True)
     versions = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
-    intro = INTRO.format(
+    page = INTRO.format(
         made=f"{datetime.date.today()}, {versions}",
         parameters=given.layers * 7.67 + 12.3,
         threads=torch.get_num_threads(),
         rounds=given.rounds,
         steps=given.steps,
         peer=PEER,
+        times="\n".join(times for times, _ in tables),
+        memory="\n".join(memory for _, memory in tables),
     )
-    PAGE.write_text(intro + "\n".join(lines) + "\n")
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":

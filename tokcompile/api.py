@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from tokcompile import attention, imagesizes, seen, slidingcache
+from tokcompile import attention, imagesizes, seen, slidingcache, staticcache
 from tokcompile.batchwise import whole_batches
+from tokcompile.binding import RuleInstance
 from tokcompile.capture import from_export
 from tokcompile.carried import Carried
 from tokcompile.dynamo import install_hooks, know_caches, prepare
 from tokcompile.errors import RuleError
+from tokcompile.fixedslots import check_rules
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules
@@ -77,26 +79,38 @@ def compile(
     kept = {"target": target, "weights": weights, "carried": carried, "masks": before is not None}
     model.compile(backend="tokred", dynamic=dynamic, options={**options, **kept})
     imagesizes.install(model)
+    staticcache.install(model)
     steps = [step for instance in parsed for step in instance.rule.steps]
     evicts = any(isinstance(s, Evict) or (isinstance(s, Merge) and s.of_caches) for s in steps)
     later = any(isinstance(s, Evict) and s.when != "prefill" for s in steps)
     counted = any(step.verb in _COUNTED for step in steps)
     if counted or imagesizes.reads_sizes(model) or slidingcache.has_windows(model):
-        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, evicts, later)
+        model._compiled_call_impl = _Around(model, model._compiled_call_impl, carried, evicts, later, parsed)
     return model
 
 
 class _Around:
     """A compiled call: inputs are prepared before it, tokens and caches counted, and what it carries is kept."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Any, carried: Carried, evicts: bool, later: bool) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        compiled: Any,
+        carried: Carried,
+        evicts: bool,
+        later: bool,
+        rules: Sequence[RuleInstance],
+    ) -> None:
         self.model, self.compiled, self.carried, self.evicts, self.later = model, compiled, carried, evicts, later
+        self.rules, self.spare = rules, 0
         self.names = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self.names, args, strict=False))
         given = imagesizes.precompute(self.model, named | kwargs)
         past = given.get("past_key_values")
+        if staticcache.is_static(past):
+            return self._fill(past, given) if staticcache.begins(past) else self._go_on(past, given)
         seen.check(past, given)
         before = seen.seen_before(past)
         self.carried.before(past)
@@ -107,6 +121,28 @@ class _Around:
         seen.note(cache, given, before, self.evicts, self.later)
         return out
 
+    def _fill(self, cache: Any, given: dict[str, Any]) -> Any:
+        """Run a prompt with a cache that grows, and fill a static one with what it leaves."""
+        check_rules(self.rules, slidingcache.has_windows(self.model))
+        held = staticcache.stand_in(self.model, cache, given)
+        self.carried.before(None)
+        out = self.compiled(**{**given, "past_key_values": held})
+        told, self.spare = staticcache.fill(cache, held, given, seen.tokens_of(given) or 0, self.spare)
+        self.carried.values |= told
+        self.carried.after(cache)
+        return staticcache.hand_back(out, held, cache)
+
+    def _go_on(self, cache: Any, given: dict[str, Any]) -> Any:
+        """Run a step on the buffers of a static cache."""
+        tokens = seen.tokens_of(given)
+        given = staticcache.continued(cache, given, tokens)
+        self.carried.before(cache)
+        out = self.compiled(**given)
+        staticcache.check_compiled(self.carried.taken)
+        self.carried.after(cache)
+        staticcache.count(cache, tokens or 0)
+        return out
+
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
     """Undo `compile`: the model runs as before."""
@@ -114,6 +150,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     if before is not None:
         attention.restore(model, before)
     imagesizes.restore(model)
+    staticcache.restore(model)
     model._modules.pop(_WEIGHTS, None)
     model.__dict__.pop("_compiled_call_impl", None)
     return model

@@ -18,6 +18,8 @@ from tokcompile.errors import CaptureError, TokredError
 from tokcompile.program import Program
 
 _KEPT = "_tokcompile_carried"
+SPARE, LEFT, SHORT = "static_spare", "static_left", "static_short"
+"""Under which names steps that go on from buffers of a fixed size are told of padding there, and of what is missing."""
 REMEDY = "compile with tokcompile.compile(model, rule=...), which keeps it on the cache"
 
 
@@ -26,14 +28,17 @@ class Carried:
 
     Attributes:
         values: by name; rows of the batch come first.
+        taken: whether a graph of the call that runs has taken any.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.taken = False
 
     def before(self, cache: Any) -> None:
         """Take from a cache what its conversation has handed on; None is a new one."""
         self.values = dict(getattr(cache, _KEPT, None) or {})
+        self.taken = False
 
     def after(self, cache: Any) -> None:
         """Keep on a cache what the call has handed on; None is a call without one."""
@@ -98,6 +103,11 @@ def padding_name(block: int) -> str:
 def evicted_name(block: int) -> str:
     """Under which name it is handed on how many keys the cache of a decoder block lost, int64 [B]."""
     return f"evicted_{block}"
+
+
+def owners_name(block: int) -> str:
+    """Under which name it is handed on whose keys the cache of a decoder block holds, int64 [B, H, T]."""
+    return f"owners_{block}"
 
 
 def given_name(rule: str, tokens: str) -> str:
@@ -167,6 +177,7 @@ def carry(program: Program) -> Callable[[Callable[..., Any]], Callable[..., Any]
                     found=f"no {', '.join(missing)}",
                     remedy="run the prompt through the compiled model, and pass the cache that it returns",
                 )
+            carried.taken = carried.taken or bool(taken)
             results = list(compiled(*args, *(carried.values[name] for name in taken)))
             carried.values.update(zip(handed, (value.detach() for value in results[own:]), strict=True))
             return tuple(results[:own])

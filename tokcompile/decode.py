@@ -24,7 +24,9 @@ from tokcompile.edit import Editor, Length, sub
 from tokcompile.emptyslots import follow_slots
 from tokcompile.errors import CaptureError
 from tokcompile.expr import has_expression, substitute
+from tokcompile.fixedslots import check_rules, dropped_before, follow_fixed, is_fixed
 from tokcompile.padding import Cut, follow_padding, takes_padding, told
+from tokcompile.passes.jointheads import is_joint, shares_budget
 from tokcompile.placetables import counted_rows
 from tokcompile.positions import recompute
 from tokcompile.program import Program, place
@@ -67,7 +69,11 @@ def adapt_decode(
     evicted = {cut.first for cut in cuts if cut.alone}
     editor = Editor(program, rules[0].name, applied[0].counts)
     padding = sites.padding
-    if cuts:
+    if is_fixed(sites):
+        check_rules(rules)
+        follow_fixed(program, sites, cuts, editor)
+        sites = find_sites(program)
+    elif cuts:
         follow_padding(program, sites, cuts, editor, first_mark)
         sites = find_sites(program)
     if first_mark is not None:
@@ -133,7 +139,8 @@ def _evictions(program: Program, sites: Sites, rule: RuleInstance, known: Mappin
         place = f"{rule.rule.path}:{step.line}"
         for index, block, _ in resolve_caches(sites, at):
             if window_of(block.attention, sites.reach) is None:
-                found.append(Cut(index, takes, place, alone=True))
+                joint = is_joint(rule.rule, step, known) and shares_budget(sites, index)
+                found.append(Cut(index, takes, place, alone=True, joint=joint))
     return found
 
 
@@ -293,6 +300,8 @@ def _positions(
     """
     blocks = sites.stacks["decoder"].blocks
     block = blocks[first]
+    if is_fixed(sites):
+        return _from_fixed(editor, sites, positions, places, first, evicted)
     queries = editor.size(block.input, 1)
     past, source = _past(editor, sites, blocks[first : min((p for p in places if p > first), default=len(blocks))])
     lost = _lost(editor, positions, blocks.index(source), evicted)
@@ -314,6 +323,20 @@ def _positions(
     index = editor.call(aten.view.default, index, [-1 if dim == tokens else 1 for dim in dims])
     spread = editor.call(aten.expand.default, index, [editor.size(positions, i) for i in range(len(dims))])
     return _plus(editor, spread, lost)
+
+
+def _from_fixed(
+    editor: Editor, sites: Sites, positions: Node, places: Sequence[int], first: int, evicted: set[int]
+) -> Node:
+    """The same where a cache's size does not say how many tokens it holds: what it lacks was handed on."""
+    lost = _lost(editor, positions, first, evicted)
+    less = editor.call(aten.sub.Tensor, positions, dropped_before(editor, sites, positions, first))
+    own = _plus(editor, less, lost)
+    if not first:
+        return own
+    start = max((p for p in places if p < first), default=0)
+    own = editor.call(aten.add.Tensor, own, dropped_before(editor, sites, positions, start))
+    return _plus(editor, own, None, _lost(editor, positions, start, evicted))
 
 
 def _lost(editor: Editor, positions: Node, block: int, evicted: set[int]) -> Node | None:

@@ -35,7 +35,7 @@ def prepare() -> None:
 
 
 def _install_hooks_while_tracing() -> None:
-    module = _optional("transformers.utils.output_capturing")
+    module = optional("transformers.utils.output_capturing")
     installer = getattr(module, "maybe_install_capturing_hooks", None)
     if installer is None:
         return
@@ -73,8 +73,8 @@ def _install_hooks_before_tracing(*args: Any) -> None:
 
 def install_hooks(objects: Iterable[Any]) -> None:
     """Give the transformers models among some objects the hooks that their first call would give them."""
-    base = getattr(_optional("transformers"), "PreTrainedModel", None)
-    module: Any = _optional("transformers.utils.output_capturing")
+    base = getattr(optional("transformers"), "PreTrainedModel", None)
+    module: Any = optional("transformers.utils.output_capturing")
     if base is None or module is None:
         return
     recorded = getattr(module, "_CAN_RECORD_REGISTRY", {})
@@ -99,8 +99,8 @@ def _installs_hooks(model: torch.nn.Module) -> bool:
 
 def know_caches(model: torch.nn.Module) -> None:
     """Make DynamicCache known to torch.export, as transformers itself does, where a model is of transformers."""
-    base = getattr(_optional("transformers"), "PreTrainedModel", None)
-    register = getattr(_optional("transformers.integrations.executorch"), "register_dynamic_cache_export_support", None)
+    base = getattr(optional("transformers"), "PreTrainedModel", None)
+    register = getattr(optional("transformers.integrations.executorch"), "register_dynamic_cache_export_support", None)
     if base is not None and register is not None and isinstance(model, base):
         register()
 
@@ -110,8 +110,8 @@ def _count_sizes_as_numbers() -> None:
 
     It makes a tensor of it, and a branch on that, as where a model checks the number of its crops, splits the graph.
     """
-    module: Any = _optional("torch._dynamo.variables.misc")
-    numpy: Any = _optional("numpy")
+    module: Any = optional("torch._dynamo.variables.misc")
+    numpy: Any = optional("numpy")
     numpy_variable = getattr(module, "NumpyVariable", None)
     call = getattr(numpy_variable, "call_function", None)
     if numpy is None or call is None or getattr(call, "_tokcompile", False):
@@ -145,7 +145,7 @@ def _keep_vision_in_forward() -> None:
     `model.compile` compiles: a rule that reads vision attention would find no vision stack. Other models, and other
     backends, are left as they are.
     """
-    module = _optional("transformers.generation.utils")
+    module = optional("transformers.generation.utils")
     mixin = getattr(module, "GenerationMixin", None)
     ask = getattr(mixin, "_supports_mm_encoder_outputs", None)
     if ask is None or getattr(ask, "_tokcompile", False):
@@ -174,7 +174,8 @@ def compiled_here(model: torch.nn.Module) -> bool:
     return False
 
 
-def _optional(name: str) -> object | None:
+def optional(name: str) -> object | None:
+    """A module, where it is installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 import tokcompile.kernels
 from tokcompile.errors import LowerError, known
+from tokcompile.rowproducts import reduce_row_products
 
 
 @functools.cache
@@ -35,6 +36,7 @@ def operators_tag() -> str:
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
+    reduce_row_products(gm)
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + operators_tag()):
         return compile_fx(gm, list(example_inputs))
 

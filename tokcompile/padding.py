@@ -39,6 +39,7 @@ class Cut:
         place: rule file and line.
         inserts: the step that put tokens in, where it is no drop.
         alone: whether it shortened the cache of `first` alone, and of no later block.
+        joint: whether what heads kept of it together says itself which of its slots hold padding.
     """
 
     first: int
@@ -46,6 +47,7 @@ class Cut:
     place: str
     inserts: Insert | None = None
     alone: bool = False
+    joint: bool = False
 
     def shortens(self, block: int) -> bool:
         """Whether the cache of a block is other than the model made it."""
@@ -84,6 +86,9 @@ def follow_padding(program: Program, sites: Sites, cuts: list[Cut], editor: Edit
         here = [cut for cut in cuts if cut.shortens(index)]
         if not any(cut.takes_padding or cut.inserts for cut in here) or block not in sites.caches:
             continue  # blocks without a cache attend to images alone
+        if any(cut.joint for cut in here) and not any(cut.inserts for cut in here):
+            _swap(editor, sites, block, _of_step(editor, sites.padding, block, sites.caches[block].past), masks, index)
+            continue
         mixed = any(cut.takes_padding for cut in here) and not all(cut.takes_padding for cut in here)
         if mixed and any(cut.alone for cut in here) and not any(cut.inserts for cut in here):
             left = _told(editor, sites.padding, block, sites.caches[block].past, index)
@@ -132,6 +137,15 @@ def _told(editor: Editor, padding: Node, block: Block, past: Node, index: int) -
         columns = editor.call(aten.arange.default, keys, device=padding.meta["val"].device)
         seen = editor.call(aten.ge.Tensor, columns, editor.call(aten.unsqueeze.default, count, 1))
         return editor.call(aten.to.dtype, seen, padding.meta["val"].dtype)
+
+
+def _of_step(editor: Editor, padding: Node, block: Block, past: Node) -> Node:
+    """A mask of a block's keys, whose last columns are those that the caller gives for this step, and others ones."""
+    with editor.after([padding, block.input, past]):
+        rows, held = (editor.size(past, dim) for dim in (0, 2))
+        new = editor.arithmetic(lambda tokens: -tokens, editor.size(block.input, 1))
+        ones = editor.call(aten.new_ones.default, padding, [rows, held])
+        return editor.call(aten.cat.default, [ones, editor.call(aten.slice.Tensor, padding, 1, new, MAX)], 1)
 
 
 def told(editor: Editor, like: Node, name: str, what: str) -> Node:

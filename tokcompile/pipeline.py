@@ -20,6 +20,7 @@ from tokcompile.giventokens import follow_given
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.passes.insertplaces import Slots
+from tokcompile.passes.jointheads import attend_to_owned, check_joints, is_joint
 from tokcompile.passes.keyranks import PLACES, read_by_rank
 from tokcompile.passes.route import check_routes
 from tokcompile.program import Program, place
@@ -44,6 +45,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
     """
     dump(program, "captured")
     check_routes(rules)
+    check_joints(rules)
     done: list[Applied] = []
     sites = find_sites(program)
     phase = sites.phase
@@ -69,6 +71,7 @@ def apply_rules(program: Program, rules: Sequence[RuleInstance], *, check: bool 
         for instance, applied in zip(rules, done, strict=True):  # keys are chosen by what all rules make of them
             routes = [step for step in instance.rule.steps if isinstance(step, Route)]
             _turn_decode(program, instance, routes, known, applied, shortened, {})
+            _read_joint(program, instance, known, applied)
     return_handed(program)
     program.graph.eliminate_dead_code()
     program.changed()
@@ -89,7 +92,8 @@ def _check_beginning(sites: Sites) -> None:
                 "this graph continues a sequence from a cache that is not known",
                 where=[place(block.attention.node)],
                 found=f"{queries} queries and {keys} keys",
-                remedy="call the model without a cache, or with transformers' DynamicCache",
+                remedy="call the model without a cache, or with transformers' DynamicCache; after "
+                "tokcompile.compile(model, rule=...) also with a StaticCache",
             )
 
 
@@ -183,6 +187,18 @@ def _evict_again(program: Program, instance: RuleInstance, known: dict[str, int]
         with _inside(ctx, instance, step):
             PASSES[step.verb](ctx, step)
     applied.steps += ctx.log
+
+
+def _read_joint(program: Program, instance: RuleInstance, known: dict[str, int], applied: Applied) -> None:
+    """Let a later step attend to caches that all heads of a block chose together."""
+    for step in instance.rule.steps:
+        if isinstance(step, Evict) and is_joint(instance.rule, step, dict(instance.params) | known):
+            editor = Editor(program, instance.name, applied.counts)
+            ctx = Context(program, editor, find_sites(program), instance, counts=applied.counts)
+            (resolved,) = instance.resolve_only([step], known)
+            with _inside(instance, step):
+                attend_to_owned(ctx, resolved)
+            applied.steps += ctx.log
 
 
 def _goes_on(step: Step, given: Mapping[str, Slots]) -> bool:

@@ -121,7 +121,7 @@ def _check_reference(step: Step, field: str, kind: str, name: str, made: dict[st
 
 def _check_caches(rule: Rule, made: dict[str, Step]) -> None:
     """Choices among keys of caches belong to evictions and merges of caches, and other choices do not."""
-    own = ("sinks", "recent", "taper")
+    own = ("sinks", "recent", "taper", "heads", "floor", "floor_by")
     chosen: dict[str, Score | None] = {}
     for step in rule.steps:
         where = f"{rule.path}:{step.line}"

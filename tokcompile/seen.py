@@ -28,7 +28,7 @@ def check(cache: Any, given: Mapping[str, Any]) -> None:
     Raises:
         TokredError: the mask is for more or fewer tokens than were seen and are given.
     """
-    seen, tokens, mask = _seen(cache), _tokens(given), given.get("attention_mask")
+    seen, tokens, mask = _seen(cache), tokens_of(given), given.get("attention_mask")
     if seen is None or tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return
     if mask.shape[1] != seen + tokens:
@@ -50,7 +50,7 @@ def note(cache: Any, given: Mapping[str, Any], before: int, evicts: bool, later:
         evicts: whether a prompt's keys are evicted; such a cache is cropped down to its prompt, and no further.
         later: whether later steps evict, too; such a cache cannot be cropped at all.
     """
-    tokens, held = _tokens(given), _held(cache)
+    tokens, held = tokens_of(given), _held(cache)
     if tokens is None or not held:
         return
     setattr(cache, _BESIDE, [before + tokens - count for count in held])
@@ -101,7 +101,8 @@ def _held(cache: Any) -> list[int]:
     return lengths if all(isinstance(length, int) for length in lengths) else []
 
 
-def _tokens(given: Mapping[str, Any]) -> int | None:
+def tokens_of(given: Mapping[str, Any]) -> int | None:
+    """How many tokens a call of a decoder gives; None where it gives another model's."""
     if given.get("decoder_input_ids") is not None or given.get("decoder_inputs_embeds") is not None:
         return None
     value = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")

@@ -31,13 +31,14 @@ PADS = (0, 3, 22)
 """The last row has 4 real tokens: fewer than the budget."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": BUDGET, "window": 4, "kernel": 3},
+    "adakv": {"budget": BUDGET, "window": 4, "kernel": 3},
     "pyramidkv": {"budget": BUDGET, "window": 2, "beta": 4},
     "h2o": {"budget": BUDGET, "recent": 3},
     "knorm": {"budget": BUDGET},
     "keydiff": {"budget": BUDGET},
     "random_kv": {"budget": BUDGET},
 }
-NAMES = [pytest.param(name, marks=() if name in ("snapkv", "knorm") else pytest.mark.slow) for name in OPTIONS]
+NAMES = [pytest.param(name, marks=() if name in ("snapkv", "adakv", "knorm") else pytest.mark.slow) for name in OPTIONS]
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
@@ -94,12 +95,23 @@ def test_padding_is_never_kept_before_tokens(rule: str) -> None:
     of = shortened(rule)
     for layer, whole in zip(of.layers, of.whole, strict=True):
         count = layer.keys.shape[2]
+        if rule == "adakv":
+            _check_all_heads(layer.keys, whole.keys)
+            continue
         for row, pad in enumerate(PADS):
             real = whole.keys.shape[2] - pad
             for head in range(whole.keys.shape[1]):
                 same = (layer.keys[row, head][:, None] == whole.keys[row, head][None]).all(-1)
                 kept = same.nonzero()[:, 1].tolist()
                 assert len({*kept} & {*range(pad, pad + real)}) == min(real, count)
+
+
+def _check_all_heads(kept: Tensor, whole: Tensor) -> None:
+    """Heads that share a budget keep together as many tokens as if each had its own, and no padding before these."""
+    heads, count = kept.shape[1:3]
+    for row, pad in enumerate(PADS):
+        same = (kept[row].flatten(0, 1)[:, None] == whole[row, :, pad:].flatten(0, 1)[None]).all(-1)
+        assert len({*same.nonzero()[:, 1].tolist()}) == heads * min(whole.shape[2] - pad, count)
 
 
 @pytest.mark.parametrize("rule", NAMES)
@@ -204,6 +216,36 @@ def test_a_question_of_several_tokens_under_caches_of_many_lengths_and_windows()
     assert difference(got, expected) <= 2e-5
 
 
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+def test_heads_that_share_a_budget_free_memory_and_take_a_question_of_40_tokens(attention: str) -> None:
+    """Of 512 tokens half stay: exactly so many bytes, at heads of 64 numbers, and no key is faked."""
+    model = families.decoder("llama", fleet.TEXT | {"head_dim": 64, "max_position_embeddings": 1024}).eval()
+    model.set_attn_implementation(attention)
+    inputs = fleet.example(model, 1, text=511)
+    counted = cached.continued(inputs, inputs["input_ids"][:, :0])
+    with cached.observed(model) as calls, torch.no_grad():
+        model(**counted)
+    votes = partial(cached.votes, window=32, kernel=7, pool="max")
+    real = inputs["attention_mask"].bool().tolist()
+    chosen = cached.choices(calls, real, lambda _: votes, [256] * 3, cached.Joint(), recent=32)
+    assert any(len(heads[0]) != len(heads[1]) for rows in chosen for heads in rows)
+    both = cached.continued(inputs, torch.randint(5, 60, (1, 40), generator=torch.Generator().manual_seed(1)))
+    with cached.observed(model, cached.masks(chosen, 512), 512), torch.no_grad():
+        expected = model(**both, use_cache=False).logits[:, 512:]
+    tokcompile.compile(model, target="eager", rule="adakv", budget=0.5)
+    with torch.no_grad():
+        held = model(**counted).past_key_values
+        tensors = [tensor for layer in held.layers for tensor in (layer.keys, layer.values)]
+        token = 2 * 3 * 2 * 64 * 4  # keys and values, layers, heads, numbers, bytes
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 256 * token
+        assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 256 * token
+        own = {name: both[name][:, 512:] for name in ("input_ids", "position_ids")}
+        got = model(**own, attention_mask=both["attention_mask"], past_key_values=held).logits
+    tokcompile.restore(model)
+    assert {layer.keys.shape[2] for layer in held.layers} == {256 + 40}
+    assert difference(got, expected) <= 2e-5
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", ["llama", "opt", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_call_that_would_count_positions_from_the_short_cache_is_refused(name: str, masked: bool) -> None:
@@ -245,13 +287,52 @@ def test_decoders_that_are_not_told_positions_are_refused(name: str, why: str) -
     assert error.where and error.remedy
 
 
-def test_a_static_cache_is_refused_and_a_dynamic_one_is_taken() -> None:
+@pytest.mark.parametrize("rule", NAMES)
+def test_steps_go_on_in_the_buffers_of_a_static_cache(rule: str) -> None:
+    """What stays of a prompt is in the caller's buffers, which stay what they are, and the next tokens go behind it."""
+    of, model = shortened(rule), fleet.build("llama")
+    counts = [layer.keys.shape[2] for layer in of.layers]
+    held = StaticCache(config=model.config, max_cache_len=max(counts) + STEPS)
+    options = OPTIONS[rule] | ({"when": "prefill"} if rule == "h2o" else {})
+    torch._dynamo.reset()
+    tokcompile.compile(model, target="eager", rule=rule, **options)
+    with torch.no_grad():
+        out = model(**of.inputs, past_key_values=held)
+        assert out.past_key_values is held and difference(out.logits, of.logits) <= 2e-5
+        places = [layer.keys.data_ptr() for layer in held.layers]
+        for layer, short in zip(held.layers, of.layers, strict=True):
+            assert layer.keys.shape[2] == max(counts) + STEPS
+            assert difference(layer.keys[:, :, : short.keys.shape[2]], short.keys) <= 2e-5
+        tokens = of.inputs["input_ids"].shape[1]
+        grown = cached.continued(of.inputs, torch.full((3, STEPS), 7))
+        for step in range(tokens, tokens + STEPS):
+            model(
+                input_ids=grown["input_ids"][:, step : step + 1],
+                attention_mask=grown["attention_mask"][:, : step + 1],
+                position_ids=grown["position_ids"][:, step : step + 1],
+                past_key_values=held,
+            )
+    assert [layer.keys.data_ptr() for layer in held.layers] == places
+    assert [int(layer.cumulative_length) for layer in held.layers] == [count + STEPS for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("early", "why"),
+    [(False, "from a cache that is not known"), (True, "does not say how many tokens it holds")],
+)
+def test_a_static_cache_under_plain_compile_is_refused_and_a_dynamic_one_is_taken(early: bool, why: str) -> None:
+    """A backend does not see caches from call to call; buffers may be there before the prompt, or be made in it."""
     model = fleet.build("llama")
     inputs = fleet.example(model, 1, text=25)
     pruned = prune(model, rule="knorm", budget=BUDGET)
-    with pytest.raises(Exception, match="from a cache that is not known") as caught:
-        pruned(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=32))
-    assert "transformers' DynamicCache" in refusal(caught.value).remedy
+    held = StaticCache(config=model.config, max_cache_len=32)
+    if early:
+        held.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(Exception, match=why) as caught:
+        pruned(**inputs, past_key_values=held)
+    remedy = refusal(caught.value).remedy
+    assert "tokcompile.compile" in remedy and "transformers' DynamicCache" in remedy
+    torch._dynamo.reset()
     out = pruned(**inputs, past_key_values=DynamicCache(config=model.config))
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [BUDGET] * 3
 

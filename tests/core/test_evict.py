@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,16 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], dict[str, 
         lambda block: partial(cached.votes, window=2, kernel=5, pool="max"),
         {"recent": 2},
     ),
+    "adakv": (
+        {"window": 4, "kernel": 3},
+        lambda block: partial(cached.votes, window=4, kernel=3, pool="max"),
+        {"recent": 4},
+    ),
+    "adakv-reserve": (
+        {"window": 2, "kernel": 1, "pool": "avg", "floor": 0.5, "floor_by": "reserve"},
+        lambda block: partial(cached.votes, window=2),
+        {"recent": 2},
+    ),
     "pyramidkv": (
         {"window": 2, "kernel": 1, "beta": 4},
         lambda block: partial(cached.votes, window=2),
@@ -41,6 +52,8 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], dict[str, 
     "keydiff": ({"recent": 1}, lambda block: cached.difference_to_mean, {"recent": 1}),
     "random_kv": ({"seed": 3}, lambda block: partial(cached.luck, seed=3, block=block), {}),
 }
+JOINT = {"adakv": cached.Joint(), "adakv-reserve": cached.Joint(Fraction(1, 2), "reserve")}
+"""Rules under which heads share a budget."""
 
 
 def options(rule: str, budget: Any = BUDGET) -> dict[str, Any]:
@@ -59,12 +72,12 @@ def by_hand(rule: str, model: nn.Module, inputs: dict[str, Tensor]) -> list[list
         budgets = cached.pyramid(BUDGET, 2, 4, len(calls), tokens)
         assert len(set(budgets)) > 1
     real = inputs["attention_mask"].bool().tolist()
-    return cached.choices(calls, real, score, budgets, **ends)
+    return cached.choices(calls, real, score, budgets, JOINT.get(rule), **ends)
 
 
+USUAL = {*((rule, "llama") for rule in RULES if rule != "adakv-reserve"), ("snapkv", "llava"), ("h2o", "gpt2")}
 CELLS = [
-    pytest.param(rule, model, marks=() if model == "llama" or (rule, model) in EXTRA else (pytest.mark.slow,))
-    for EXTRA in [{("snapkv", "llava"), ("h2o", "gpt2")}]
+    pytest.param(rule, model, marks=() if (rule, model) in USUAL else (pytest.mark.slow,))
     for rule in RULES
     for model in ("llama", "qwen2", "gpt2", "opt", "llava")
 ]
@@ -80,13 +93,9 @@ def test_caches_hold_the_keys_of_the_run_by_hand(rule: str, name: str) -> None:
     out = prune(model, **options(rule))(**inputs)
     assert difference(out.logits, full.logits) == 0
     for layer, whole, rows in zip(out.past_key_values.layers, full.past_key_values.layers, chosen, strict=True):
-        length = layer.keys.shape[2]
-        assert length == max(len(places) for heads in rows for places in heads)
-        for row, heads in enumerate(rows):
-            for head, places in enumerate(heads):
-                start = length - len(places)
-                assert torch.equal(layer.keys[row, head, start:], whole.keys[row, head, places])
-                assert torch.equal(layer.values[row, head, start:], whole.values[row, head, places])
+        most = max(sum(map(len, heads)) if rule in JOINT else max(map(len, heads)) for heads in rows)
+        assert layer.keys.shape[2] * (layer.keys.shape[1] if rule in JOINT else 1) == most
+        cached.check_held(layer, whole.keys, whole.values, rows, rule in JOINT)
 
 
 @pytest.mark.parametrize(("rule", "name"), CELLS)
@@ -106,7 +115,7 @@ def test_generate_equals_a_run_that_hides_what_was_evicted(rule: str, name: str)
     assert difference(torch.stack(out.logits, 1), expected) <= 2e-5
 
 
-@pytest.mark.parametrize("rule", ["snapkv", pytest.param("pyramidkv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["snapkv", *(pytest.param(r, marks=pytest.mark.slow) for r in ("adakv", "pyramidkv"))])
 def test_a_question_of_several_tokens_sees_what_stayed(rule: str) -> None:
     """Layers whose caches differ in length, under one mask of padding, with several queries at once."""
     model = fleet.build("llama")

@@ -24,8 +24,13 @@ PADS = (0, 3)
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": BUDGET, "window": 4, "kernel": 3},
     "pyramidkv": {"budget": BUDGET, "window": 2, "kernel": 1, "beta": 4},
+    "adakv": {"budget": BUDGET, "window": 4, "kernel": 3, "pool": "avg"},
 }
-RULES = [pytest.param("snapkv"), pytest.param("pyramidkv", marks=pytest.mark.slow)]
+RULES = [
+    pytest.param("snapkv"),
+    pytest.param("adakv", marks=pytest.mark.slow),
+    pytest.param("pyramidkv", marks=pytest.mark.slow),
+]
 WORDS = {**greedy(STEPS), "suppress_tokens": [fleet.IMAGE]}
 
 
@@ -61,7 +66,8 @@ def stays(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor
         budgets = cached.pyramid(BUDGET, options["window"], options["beta"], len(calls), tokens)
     votes = partial(cached.votes, window=options["window"], kernel=options["kernel"])
     real = inputs["attention_mask"].bool().tolist()
-    return cached.masks(cached.choices(calls, real, lambda _: votes, budgets, recent=options["window"]), tokens)
+    joint = cached.Joint() if name == "adakv" else None
+    return cached.masks(cached.choices(calls, real, lambda _: votes, budgets, joint, recent=options["window"]), tokens)
 
 
 def hidden(model: nn.Module, stay: list[Tensor], inputs: dict[str, Tensor], more: Tensor) -> Tensor:
@@ -112,7 +118,7 @@ def test_a_turn_that_gives_the_whole_text_again_is_refused() -> None:
         asked(model, cache, inputs, question(1))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES[:1], "adakv", *RULES[2:]])
 def test_several_questions_on_copies_of_one_cache(name: str) -> None:
     model, inputs = prompt()
     stay = stays(name, model, inputs)

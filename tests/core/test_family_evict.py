@@ -33,6 +33,11 @@ BUDGET, STEPS = 9, 3
 Ends = dict[str, int]
 RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
     "snapkv": ({"window": 4, "kernel": 3}, lambda block: partial(cached.votes, window=4, kernel=3), {"recent": 4}),
+    "adakv": (
+        {"window": 4, "kernel": 3},
+        lambda block: partial(cached.votes, window=4, kernel=3, pool="max"),
+        {"recent": 4},
+    ),
     "pyramidkv": (
         {"window": 2, "kernel": 1, "beta": 4},
         lambda block: partial(cached.votes, window=2),
@@ -47,8 +52,10 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
     "keydiff": ({"recent": 1}, lambda block: cached.difference_to_mean, {"recent": 1}),
     "random_kv": ({"seed": 3}, lambda block: partial(cached.luck, seed=3, block=block), {}),
 }
-CONTINUED = ("snapkv", "pyramidkv", "knorm")
-"""Rules whose later steps are run: those of equal lengths, of lengths that taper, and of few tokens that must stay."""
+JOINT = {"adakv": cached.Joint()}
+"""Rules under which the heads of a block share a budget."""
+CONTINUED = ("snapkv", "adakv", "pyramidkv", "knorm")
+"""Rules whose later steps are run: equal lengths, those of each head, of each block, and few tokens that must stay."""
 REFUSALS: dict[str, str] = {
     "every block attends in a window": "mistral starcoder2",
 }
@@ -153,7 +160,9 @@ def chosen(of: Whole, rule: str) -> dict[int, list[list[list[int]]]]:
     stay = {}
     for block, budget in budgets.items():
         seen = cached.Seen(of.weights[block], of.caches[block][0], of.weights[block])
-        (stay[block],) = cached.choices([seen], real, lambda _, block=block: score(block), [budget], **ends)
+        (stay[block],) = cached.choices(
+            [seen], real, lambda _, block=block: score(block), [budget], JOINT.get(rule), **ends
+        )
     return stay
 
 
@@ -175,13 +184,9 @@ def test_caches_hold_the_keys_of_the_naive_form_or_the_rule_is_refused(name: str
         if block not in stay:
             assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
             continue
-        length = layer.keys.shape[2]
-        assert length == max(len(places) for heads in stay[block] for places in heads)
-        for row, heads in enumerate(stay[block]):
-            for head, places in enumerate(heads):
-                start = length - len(places)
-                assert torch.equal(layer.keys[row, head, start:], keys[row, head, places])
-                assert torch.equal(layer.values[row, head, start:], values[row, head, places])
+        most = max(sum(map(len, heads)) for heads in stay[block])
+        assert layer.keys.shape[1] * layer.keys.shape[2] == most
+        cached.check_held(layer, keys, values, stay[block], rule in JOINT)
 
 
 @pytest.mark.parametrize(

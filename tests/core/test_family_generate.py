@@ -39,7 +39,7 @@ def _cases() -> list[Any]:
 
 def positioned(it: families.Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs with the positions that `generate` gives: padding counts for none."""
-    if "position_ids" not in inspect.signature(it.model.forward).parameters or "position_ids" in it.inputs:
+    if "position_ids" not in inspect.signature(it.model.forward).parameters or "position_ids" in inputs:
         return inputs
     mask = inputs["attention_mask"]
     return inputs | {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}

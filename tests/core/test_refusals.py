@@ -245,7 +245,7 @@ def test_learned_positions_cannot_be_compacted() -> None:
 
 
 def test_a_cache_of_a_fixed_size_is_not_taken_for_a_prompt() -> None:
-    """Its keys are more than its queries from the first call on; what it holds is not known."""
+    """Its keys are more than its queries from the first call on; how many tokens it holds is not known."""
     model = fleet.build("llama")
     cache = StaticCache(config=model.config, max_cache_len=32)
     inputs = fleet.example(model, text=12) | {"past_key_values": cache}

@@ -85,6 +85,28 @@ CASES: dict[str, tuple[Callable[[int], tuple[torch.Tensor, ...]], Callable[..., 
         lambda b: (floats(b, 2, 12), bools(b, 12), bools(b, 12).flip(1)),
         lambda scores, valid, among: ops.keep_keys(scores, valid, among, 1, 2, 5),
     ),
+    "keep_pairs": (
+        lambda b: (floats(b, 2, 12), bools(b, 12), bools(b, 12).flip(1)),
+        lambda scores, valid, among: ops.keep_pairs(scores, valid, among, 1, 2, 9, 1, 5, "blend"),
+    ),
+    "gather_pairs": (
+        lambda b: (floats(b, 2, 12, 4), torch.arange(10 * b).view(b, 2, 5) % 24),
+        lambda x, pairs: ops.gather_pairs(x, pairs),
+    ),
+    "pair_owners": (
+        lambda b: (torch.arange(10 * b).view(b, 2, 5) % 24, bools(b, 12)),
+        lambda pairs, valid: ops.pair_owners(pairs, valid, 12),
+    ),
+    "attend_owned": (
+        lambda b: (
+            floats(b, 4, 3, 8),
+            floats(b, 2, 5, 8),
+            floats(b, 2, 5, 6),
+            torch.arange(10 * b).view(b, 2, 5) % 2,
+            bools(b, 1, 3, 3) | (torch.arange(3) == 2),
+        ),
+        lambda q, k, v, owners, mask: ops.attend_owned(q, k, v, owners, mask, 0.3, 5.0, None),
+    ),
     "pairwise_keys": (
         lambda b: (floats(b, 2, 12), bools(b, 12), torch.arange(b)),
         lambda scores, valid, turn: ops.pairwise_keys(scores, valid, turn, 1, 2, 5, 7),

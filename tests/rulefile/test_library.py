@@ -31,6 +31,7 @@ OTHER = {
     "hita": {"queries": 4},
     "aot_video": {"anchors": 54},
     "snapkv": {"budget": "1/7", "kernel": 7},
+    "adakv": {"budget": 99, "floor": 0.5, "floor_by": "reserve"},
     "pyramidkv": {"budget": 99},
     "h2o": {"budget": 99, "recent": 5},
     "knorm": {"budget": 99},

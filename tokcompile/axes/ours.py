@@ -182,13 +182,13 @@ def key_received(ctx: Context, node: Node) -> Dims:
 
 
 def chosen_keys(ctx: Context, node: Node) -> Dims:
-    """tokred::keep_keys and pairwise_keys: for each head as many keys, which are counted anew."""
+    """tokred::keep_keys, keep_pairs and pairwise_keys: for each head as many keys, which are counted anew."""
     rows, heads, _ = ctx.of(node.args[0])
     return [rows, heads, fresh(shape(node)[2])]
 
 
 def gathered_keys(ctx: Context, node: Node) -> Dims:
-    """tokred::gather_keys and merge_keys: a cache of as many tokens as there are indices."""
+    """tokred::gather_keys, gather_pairs and merge_keys: a cache of as many tokens as there are indices."""
     dims, index = list(ctx.of(node.args[0])), ctx.of(node.args[1])
     dims[2] = index[2]
     return dims
@@ -242,7 +242,7 @@ def gathered_mask(ctx: Context, node: Node) -> Dims:
 
 
 def attend(ctx: Context, node: Node) -> Dims:
-    """tokred::attend: queries as they were, as wide as the values."""
+    """tokred::attend and attend_owned: queries as they were, as wide as the values."""
     query, value = ctx.of(node.args[0]), ctx.of(node.args[2])
     return [*query[:-1], value[-1]]
 
@@ -298,8 +298,11 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "key_cosine": leading(3),
     "random_keys": leading(3),
     "keep_keys": chosen_keys,
+    "keep_pairs": chosen_keys,
     "pairwise_keys": chosen_keys,
     "gather_keys": gathered_keys,
+    "gather_pairs": gathered_keys,
+    "pair_owners": like_first,
     "join_key_scores": joined_scores,
     "unturn_keys": like_first,
     "assign_keys": leading(3),
@@ -313,6 +316,7 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "key_positions": key_positions,
     "gather_mask": gathered_mask,
     "attend": attend,
+    "attend_owned": attend,
     "alike": leading(1),
     "reuse_keys": reused_keys,
     "topk_mask": pointwise,

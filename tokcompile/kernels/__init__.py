@@ -11,6 +11,7 @@ if __name__ == "tokcompile.kernels":
     from .assign_keys import assign_keys
     from .attend import attend
     from .attend_after import attend_after
+    from .attend_owned import attend_owned
     from .attention import attention
     from .attention_received import attention_received
     from .attention_row import attention_row
@@ -30,6 +31,7 @@ if __name__ == "tokcompile.kernels":
     from .flagged_tokens import flagged_tokens
     from .gather_keys import gather_keys
     from .gather_mask import gather_mask
+    from .gather_pairs import gather_pairs
     from .gather_tokens import gather_tokens
     from .held_slots import held_slots
     from .image_starts import image_starts
@@ -38,6 +40,7 @@ if __name__ == "tokcompile.kernels":
     from .inverse_map import inverse_map
     from .join_key_scores import join_key_scores
     from .keep_keys import keep_keys
+    from .keep_pairs import keep_pairs
     from .kept_indices import kept_indices
     from .key_attention import key_attention
     from .key_cosine import key_cosine
@@ -61,6 +64,7 @@ if __name__ == "tokcompile.kernels":
     from .mix_tokens import mix_tokens
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
+    from .pair_owners import pair_owners
     from .pair_scores import pair_scores
     from .pairwise_keys import pairwise_keys
     from .phase_scan import phase_scan
@@ -98,6 +102,7 @@ __all__ = [
     "assign_keys",
     "attend",
     "attend_after",
+    "attend_owned",
     "attention",
     "attention_received",
     "attention_row",
@@ -118,6 +123,7 @@ __all__ = [
     "flagged_tokens",
     "gather_keys",
     "gather_mask",
+    "gather_pairs",
     "gather_tokens",
     "held_slots",
     "image_starts",
@@ -126,6 +132,7 @@ __all__ = [
     "inverse_map",
     "join_key_scores",
     "keep_keys",
+    "keep_pairs",
     "kept_indices",
     "key_attention",
     "key_viewers",
@@ -150,6 +157,7 @@ __all__ = [
     "names",
     "nearest_tokens",
     "original_places",
+    "pair_owners",
     "pair_scores",
     "pairwise_keys",
     "phase_scan",

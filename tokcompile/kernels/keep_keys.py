@@ -29,9 +29,19 @@ def reference(scores: Tensor, valid: Tensor | None, among: Tensor | None, first:
     Raises:
         ValueError: shapes that do not fit, or a mask that is not bool. RuntimeError: k out of range.
     """
+    classes = classes_of(scores, valid, among, first, last)
+    batch, heads, tokens = scores.shape
+    flat = scores.reshape(batch * heads, tokens)
+    classes = classes[:, None].expand(batch, heads, tokens).reshape(batch * heads, tokens)
+    keep = _order.largest(_order.pack(classes, flat, classes > PADDING), k)
+    return indices_of(keep, k).reshape(batch, heads, k)
+
+
+def classes_of(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: int, last: int) -> Tensor:
+    """int64 [B, T]: PADDING, CHOSEN for tokens that are up for choice, and STAYS; arguments as above."""
     if scores.dim() != 3:
         raise ValueError(f"scores must be [B, H, T], not {list(scores.shape)}")
-    batch, heads, tokens = scores.shape
+    batch, _, tokens = scores.shape
     for mask in (valid, among):
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2):
             raise ValueError(f"a token mask must be bool [B, T], not {mask.dtype} {list(mask.shape)}")
@@ -39,11 +49,7 @@ def reference(scores: Tensor, valid: Tensor | None, among: Tensor | None, first:
     rank = real.cumsum(1)
     ends = real & ((rank <= first) | (rank > rank[:, -1:] - last))
     stays = ends if among is None else ends | ~among
-    classes = torch.where(stays, STAYS, torch.where(real, CHOSEN, PADDING))
-    flat = scores.reshape(batch * heads, tokens)
-    classes = classes[:, None].expand(batch, heads, tokens).reshape(batch * heads, tokens)
-    keep = _order.largest(_order.pack(classes, flat, classes > PADDING), k)
-    return indices_of(keep, k).reshape(batch, heads, k)
+    return torch.where(stays, STAYS, torch.where(real, CHOSEN, PADDING))
 
 
 keep_keys = _library.define(

@@ -8,11 +8,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
-from tokcompile.carried import evicted_name, hand_on, padding_name
-from tokcompile.edit import Length, length_value
+from tokcompile.carried import evicted_name, hand_on, owners_name, padding_name
+from tokcompile.edit import length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
-from tokcompile.passes.keychoice import KeySelection
+from tokcompile.passes.jointheads import check_joint
+from tokcompile.passes.keychoice import BlockKeys, KeySelection
 from tokcompile.passes.keymerge import BlockMerge, KeyMerge
 from tokcompile.passes.keyranks import PLACES, Ranks, hand_back_by_rank, told_places
 from tokcompile.passes.keystate import hand_on_state, in_later_step
@@ -29,6 +30,8 @@ def evict(ctx: Context, step: Evict) -> None:
     """Let the graph hand back the chosen keys and values alone; what runs now attends to all of them."""
     if step.when != "prefill":
         _check_later(ctx, step)
+    if _choice(ctx, step).heads == "joint":
+        check_joint(ctx, step)
     selection: KeySelection = ctx.values[step.keep]
     if step.when == "decode" and not in_later_step(ctx):
         _only_tell(ctx, step, selection)
@@ -42,7 +45,7 @@ def evict(ctx: Context, step: Evict) -> None:
     held = {index: handed_back(blocks[index], ctx.sites.reach, outputs) for index in selection.blocks}
     for index, chosen in selection.blocks.items():
         if chosen.index is not None:
-            _shorten(ctx, held[index], chosen.index, chosen.size, merged.blocks[index] if merged else None)
+            _shorten(ctx, held[index], chosen, merged.blocks[index] if merged else None)
         if once is not None:
             cache = ctx.sites.caches[blocks[index]]
             hand_back_by_rank(once, index, blocks[index], cache, chosen.index, chosen.valid)
@@ -50,6 +53,8 @@ def evict(ctx: Context, step: Evict) -> None:
             hand_on_state(ctx, index, chosen.state.with_keys(**places[index]), chosen.index)
         if chosen.padding is not None:
             hand_on(ctx.program, padding_name(index), chosen.padding)
+        if chosen.owners is not None:
+            hand_on(ctx.program, owners_name(index), chosen.owners)
         if chosen.evicted is not None:
             hand_on(ctx.program, evicted_name(index), chosen.evicted)
     each = selection.blocks.values()
@@ -89,9 +94,13 @@ def _only_tell(ctx: Context, step: Evict, selection: KeySelection) -> None:
     ctx.refresh()
 
 
+def _choice(ctx: Context, step: Evict) -> Select:
+    return next(s for s in ctx.instance.steps if isinstance(s, Select) and s.name == step.keep)
+
+
 def _check_later(ctx: Context, step: Evict) -> None:
     """Refuse what later steps cannot choose by."""
-    choice = next(s for s in ctx.instance.steps if isinstance(s, Select) and s.name == step.keep)
+    choice = _choice(ctx, step)
     scores = next(s for s in ctx.instance.steps if isinstance(s, Score) and s.name == choice.scores)
     alone = step.when == "decode"
     wrong = {
@@ -99,6 +108,7 @@ def _check_later(ctx: Context, step: Evict) -> None:
         f"queries: {scores.queries}": scores.voters is not None,
         f"among: {choice.among}": choice.among != "all",
         f"taper: {choice.taper}": int(choice.taper) != 1,
+        f"heads: {choice.heads}": choice.heads != "each",
         f"keep: {choice.keep}": alone and ctx.instance.is_share(choice),
         f"by: {choice.by}": alone and choice.by == "pairwise",
     }
@@ -137,8 +147,9 @@ def _guarded(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     return backed and bool(one == other)
 
 
-def _shorten(ctx: Context, held: list[Node], index: Node, size: Length, merged: BlockMerge | None) -> None:
-    output, tokens = ctx.program.output, length_value(size)
+def _shorten(ctx: Context, held: list[Node], chosen: BlockKeys, merged: BlockMerge | None) -> None:
+    output, tokens, index = ctx.program.output, length_value(chosen.size), chosen.index
+    gather = tokred.gather_keys.default if chosen.owners is None else tokred.gather_pairs.default
     if not held:
         raise EditError(
             "a block hands back no keys and values that could be shortened",
@@ -151,13 +162,11 @@ def _shorten(ctx: Context, held: list[Node], index: Node, size: Length, merged: 
             raise EditError(
                 "the cache that this block hands back is not all of its keys and values",
                 where=[place(node)],
-                found=f"{tuple(shape)}, of {length_value(size)} tokens",
+                found=f"{tuple(shape)}, of {tokens} tokens",
                 remedy="load the model with a DynamicCache",
             )
         with ctx.editor.after([node, index, *(merged.sources if merged else [])]):
             short = (
-                ctx.editor.call(tokred.gather_keys.default, node, index)
-                if merged is None
-                else merged.shortened(ctx.editor, node, index)
+                ctx.editor.call(gather, node, index) if merged is None else merged.shortened(ctx.editor, node, index)
             )
         ctx.editor.swap_input(output, node, short)

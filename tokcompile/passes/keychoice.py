@@ -16,6 +16,7 @@ from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context, oldest
 from tokcompile.passes.imagetokens import image_tokens
+from tokcompile.passes.jointheads import choose_pairs, shares_budget
 from tokcompile.passes.keyscores import BlockScores, KeyScores
 from tokcompile.passes.keystate import KeyState, in_later_step, told_of_rows
 from tokcompile.steps import Select
@@ -29,6 +30,8 @@ class BlockKeys:
     """The keys of one block's cache that stay: int64 [B, H, k] ascending; None where all T do.
 
     Attributes:
+        owners: int64 [B, H, k], of which heads they are, where heads share a budget: `index` then is of pairs, head * T
+            + token.
         valid, among: bool [B, T], real tokens and those that were up for choice; None: all.
         padding, evicted: int64 [B], how many of them are padding, and how many others there were, where a later step
             cannot tell from its mask: where tokens were dropped before.
@@ -43,6 +46,7 @@ class BlockKeys:
     padding: Node | None = None
     evicted: Node | None = None
     state: KeyState = KeyState()
+    owners: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +91,19 @@ def _chosen(ctx: Context, step: Select, scores: BlockScores, budget: Length) -> 
             padding, evicted = _told_again(ctx, scores, total, count)
         else:
             padding, evicted = _told(ctx, node, valid, total, count) if _shortened(ctx) else (None, None)
-        index = None
+        index, owners = None, None
         ends, turn = (int(step.sinks), int(step.recent)), None
         if step.by == "pairwise":
             turn, state = _turns(ctx, scores, total, count)
-        if turn is not None and not _same(total, count):
+        if step.heads == "joint" and shares_budget(ctx.sites, scores.block):
+            stay = None if _same(total, count) else (*ends, count)
+            index, owners = choose_pairs(ctx, step, node, valid, among, stay)
+        elif turn is not None and not _same(total, count):
             most = _most(ctx, scores, total, count)
             index = ctx.editor.call(tokred.pairwise_keys.default, node, valid, turn, *ends, count, most)
         elif not _same(total, count):
             index = ctx.editor.call(tokred.keep_keys.default, node, valid, among, *ends, count)
-    return BlockKeys(index, total, count, valid, among, padding, evicted, state)
+    return BlockKeys(index, total, count, valid, among, padding, evicted, state, owners)
 
 
 def _turns(ctx: Context, scores: BlockScores, total: Length, count: Length) -> tuple[Node, KeyState]:

@@ -95,6 +95,12 @@ def merge_keys(ctx: Context, step: Merge) -> None:
             f"'{step.scores}' may be below 0, and what is merged is weighed by it",
             remedy="weigh by attention received, or by scores joined of such",
         )
+    if any(chosen.owners is not None for chosen in selection.blocks.values()):
+        raise EditError(
+            "keys cannot be merged where all heads of a block share one budget: a key is like others of its head alone",
+            found=f"heads: joint in '{step.keep}'",
+            remedy="heads: each",
+        )
     left = {index: chosen for index, chosen in selection.blocks.items() if chosen.index is not None}
     rotations = _rotations(ctx, step) if left else {}
     made = {}

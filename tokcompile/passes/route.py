@@ -82,8 +82,6 @@ def _blocks(ctx: Context, step: Route) -> tuple[list[tuple[int, Block, Cache]], 
     blocks = [(i, b) for i, b in resolve_blocks(ctx.sites, step.at) if b not in ctx.sites.caches]
     windowed = [i for i, b in blocks if handed_back(b, ctx.sites.reach, outputs)]
     for index, block, cache in resolve_caches(ctx.sites, step.at):
-        if not ctx.sites.reach.above(block.input, block.attention.key):
-            continue
         if window_of(block.attention, ctx.sites.reach) is not None:
             windowed.append(index)
             continue
@@ -101,9 +99,15 @@ def _blocks(ctx: Context, step: Route) -> tuple[list[tuple[int, Block, Cache]], 
 
 def _check_site(ctx: Context, block: Block) -> None:
     """Refuse an attention that cannot be written anew."""
-    site = block.attention
-    why = None
-    if site.node.target is tokred.attend.default:
+    why = fixed(ctx, block)
+    if why is not None:
+        raise EditError("this attention cannot choose among its keys", where=[place(block.attention.node)], found=why)
+
+
+def fixed(ctx: Context, block: Block) -> str | None:
+    """Why an attention cannot be written anew; None where it can."""
+    site, why = block.attention, None
+    if site.node.target in (tokred.attend.default, tokred.attend_owned.default):
         why = "an earlier step chooses among its keys"
     elif site.partial:
         why = "the model adds several masks to its scores"
@@ -113,8 +117,7 @@ def _check_site(ctx: Context, block: Block) -> None:
         why = "its weights are an output (output_attentions), and would be those of all keys"
     elif ctx.sites.phase == "decode" and site.is_causal and site.padding is None:
         why = "its causal flag counts keys from the first one, in a step whose keys begin earlier than its queries"
-    if why is not None:
-        raise EditError("this attention cannot choose among its keys", where=[place(site.node)], found=why)
+    return why
 
 
 def _weights_are_read(ctx: Context, site: Attention) -> bool:
@@ -149,7 +152,7 @@ def _rewrite(ctx: Context, step: Route, chooser: Chooser, index: int, block: Blo
         count = editor.arithmetic(lambda n, end: torch.sym_min(n, end + keep), tokens, last)
         if isinstance(length_value(count), int) and length_value(count) == length_value(tokens):
             return f"all {length_value(tokens)}"
-        mask = _mask(ctx, site, key)
+        mask = mask_of(ctx, site, key)
         valid = None if mask is None else call(tokred.real_keys.default, mask, key)
         routed = Routed(index, block, key, valid, queries, tokens, last, count)
         scores = chooser.score(routed)
@@ -167,7 +170,7 @@ def _rewrite(ctx: Context, step: Route, chooser: Chooser, index: int, block: Blo
     return f"{length_value(count)} of {length_value(tokens)}"
 
 
-def _mask(ctx: Context, site: Attention, key: Node) -> Node | None:
+def mask_of(ctx: Context, site: Attention, key: Node) -> Node | None:
     """The mask of an attention, its last dimension that of the keys; None without one."""
     if site.padding is not None:
         return ctx.editor.call(tokred.seen_keys.default, site.padding, site.query, key, site.is_causal)

@@ -72,10 +72,13 @@ def resolve_every(sites: Sites, text: str) -> list[Place]:
 def resolve_caches(sites: Sites, text: str) -> list[tuple[int, Block, Cache]]:
     """Find the caches that an address names, each with its block and the block's number; none in a call without any.
 
+    Blocks whose keys are another sequence's, as those that read images beside the text, are none of them.
+
     Raises:
         AddressError: as `resolve_address`.
     """
-    return [(i, block, sites.caches[block]) for i, block in resolve_blocks(sites, text) if block in sites.caches]
+    found = [(i, block) for i, block in resolve_blocks(sites, text) if block in sites.caches]
+    return [(i, b, sites.caches[b]) for i, b in found if sites.reach.above(b.input, b.attention.key)]
 
 
 def resolve_blocks(sites: Sites, text: str) -> list[tuple[int, Block]]:

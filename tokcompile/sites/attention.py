@@ -86,10 +86,15 @@ def _registered(node: Node) -> Attention | None:
 
 
 def _routed(node: Node) -> Attention | None:
-    """Attention to keys that an earlier edit chose."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name != "tokred::attend":
+    """Attention to keys that an earlier edit chose, of all tokens alike or of each head."""
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    query, key, value, mask, scale, softcap = node.args[:6]
+    if node.target._schema.name == "tokred::attend":
+        query, key, value, mask, scale, softcap = node.args[:6]
+    elif node.target._schema.name == "tokred::attend_owned":
+        query, key, value, _, mask, scale, softcap = node.args[:7]
+    else:
+        return None
     return Attention(node, query, key, value, mask=mask, scale=float(scale), softcap=float(softcap), partial=True)
 
 

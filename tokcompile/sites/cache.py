@@ -26,8 +26,9 @@ VIEWS = {
 }
 _CLEARED = {torch.ops.tokred.clear_slots.default}
 """Operators that say in what is handed back which slots are empty; attention reads it as it was."""
+_PUTS = {aten.index_copy_.default, aten.index_copy.default}
 _GATHER = torch.ops.tokred.gather_tokens.default
-SHORTENED = {torch.ops.tokred.gather_keys.default, torch.ops.tokred.merge_keys.default}
+SHORTENED = {getattr(torch.ops.tokred, name).default for name in ("gather_keys", "gather_pairs", "merge_keys")}
 """What an eviction puts on what is handed back; attention reads all of it."""
 TURNED = torch.ops.tokred.turn_pairs.default
 """What numbers keys by their ranks: put on keys that attention reads, or on what an eviction hands back."""
@@ -40,11 +41,14 @@ class Cache:
     Attributes:
         key, value: what the graph hands back.
         past: the cached keys that it was given; None in a prefill.
+        slots: int64 [Tq], where in a buffer of a fixed size the keys of this step are put; None where caches grow. A
+            buffer has as many slots as its size says: how many hold tokens, only these numbers tell.
     """
 
     key: Node
     value: Node
     past: Node | None
+    slots: Node | None = None
 
 
 def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
@@ -55,7 +59,14 @@ def find_cache(block: Block, outputs: set[Node]) -> Cache | None:
     value, _ = _trace(block.attention.value, outputs)
     if key is None or value is None:
         return _latent(block, outputs, edited)
-    return Cache(edited.get(key, key), edited.get(value, value), past)
+    return Cache(edited.get(key, key), edited.get(value, value), past, key.args[2] if _is_put(key) else None)
+
+
+def _is_put(node: Node) -> bool:
+    """Whether a value is a buffer [B, H, N, D] that the caller gave, with new tokens put into its slots."""
+    if node.target not in _PUTS or node.meta["val"].ndim != 4:
+        return False
+    return node.args[0].op == "placeholder" and node.args[1] % 4 == 2
 
 
 def _as_read(node: Node) -> Node:
@@ -110,6 +121,8 @@ def _trace(node: Node, outputs: set[Node]) -> tuple[Node | None, Node | None]:
     if node.target is aten.cat.default:
         first = node.args[0][0]
         past = first if first.op == "placeholder" else None
+    elif _is_put(node):
+        past = node.args[0]
     return (node, past) if node in outputs or past is not None else (None, None)
 
 

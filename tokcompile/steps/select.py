@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from tokcompile.budget import ROUNDINGS
-from tokcompile.fields import BudgetText, IntOrExpression, Name, Offsets, Truth, one_of
+from tokcompile.fields import BudgetText, IntOrExpression, Name, Offsets, Share, Truth, one_of, wrong
 from tokcompile.steps.base import Step, known_by, needs, refuses
 
 
@@ -50,6 +50,14 @@ class Select(Step):
     taper: IntOrExpression = 1
     """budgets fall evenly from the first block to the last, which gets 1/taper of the mean; 1: all are alike (scores
     of caches)"""
+    heads: one_of("each", "joint") = "each"
+    """each: every cached head keeps as many keys; joint: the largest scores of all heads of a block together stay, and
+    `keep` is what a head keeps on average (scores of caches)"""
+    floor: Share = 0
+    """share of `keep` that a head is sure of, from 0 to 1 (heads: joint)"""
+    floor_by: one_of("blend", "reserve") = "blend"
+    """blend: a head's count is the mean of `keep` and of how many it would have without a floor, weighed by the floor;
+    reserve: each head's best share of `keep`, at least one key, stay, and the largest of all fill up (heads: joint)"""
     protect: tuple[one_of("first", "last"), ...] = ()
     """real tokens of each row that are chosen"""
 
@@ -69,8 +77,12 @@ class Select(Step):
             "recent": ("topk", "pairwise"),
             "taper": ("topk",),
         }
+        users |= dict.fromkeys(("heads", "floor", "floor_by"), ("topk",))
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
         required |= {"protect": ("protect",), "pooled": ("of", "keep"), "pairwise": ("scores", "keep")}
         needs(self, required.get(self.by, ()), self.by)
+        alone = [f for f in ("floor", "floor_by") if f in self.model_fields_set and self.heads == "each"]
+        if alone and "heads" not in self.model_fields_set:
+            raise wrong(f"'{alone[0]}' is of budgets that heads share", "add heads: joint, or remove it")
         return self
