@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib import metadata
 from typing import Any
 
 import cached
@@ -16,6 +17,7 @@ import fleet
 import pytest
 import torch
 from harness import Pruned, difference, greedy, prune, refusal
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache, StaticCache
@@ -87,6 +89,22 @@ def test_steps_are_one_graph_without_breaks() -> None:
     # The second step's graph is for any length: the others run it.
     assert [graph[0].phase for graph in report.graphs] == ["prefill", "decode"] + ["decode"] * (len(report.graphs) - 2)
     assert len(report.graphs) <= 3
+
+
+def test_a_prompt_and_steps_need_of_a_model_what_its_versions_share() -> None:
+    """No name that a release renames, as `cache_position` was: a call says its tokens, and its positions, alone."""
+    wanted = next(
+        Requirement(r) for r in metadata.requires("tokcompile") or () if Requirement(r).name == "transformers"
+    )
+    assert all(version in wanted.specifier for version in ("5.17.0", "5.20.0", "5.23.0"))
+    assert metadata.version("transformers") in wanted.specifier
+    model = fleet.build("llama")
+    ids = example(model)["input_ids"][:1]
+    pruned = prune(model, rule="snapkv", **OPTIONS["snapkv"])
+    cache = pruned(input_ids=ids).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [BUDGET] * len(cache.layers)
+    out = pruned(input_ids=ids[:, -1:], position_ids=torch.tensor([[ids.shape[1]]]), past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [BUDGET + 1] * len(cache.layers)
 
 
 @pytest.mark.parametrize("rule", NAMES)
