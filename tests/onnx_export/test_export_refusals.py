@@ -79,14 +79,14 @@ def test_a_scatter_of_means_is_refused_at_its_line(tmp_path: Path) -> None:
     with pytest.raises(LowerError, match="no scatter that takes means") as caught:
         write(program(means, torch.ones(2, 3)), tmp_path / "m.onnx")
     assert caught.value.found == "aten.scatter_reduce.two"
-    assert "test_refusals.py" in caught.value.where[-1]
+    assert Path(__file__).name in caught.value.where[-1]
     assert not list(tmp_path.iterdir())
 
 
 def test_an_operator_without_an_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(LowerError, match="aten::kthvalue has no form in ONNX") as caught:
         write(program(lambda x: x.kthvalue(2).values, torch.rand(2, 3)), tmp_path / "m.onnx")
-    assert "test_refusals.py" in caught.value.where[-1]
+    assert Path(__file__).name in caught.value.where[-1]
 
 
 @pytest.mark.parametrize("bad", ["kthvalue", "means"])
