@@ -15,7 +15,7 @@ from tokcompile import attention, imagesizes, seen, slidingcache, staticcache
 from tokcompile.batchwise import whole_batches
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import from_export
-from tokcompile.carried import Carried
+from tokcompile.carried import Carried, check_compiled
 from tokcompile.dynamo import install_hooks, know_caches, prepare
 from tokcompile.errors import RuleError
 from tokcompile.fixedslots import check_rules
@@ -112,9 +112,11 @@ class _Around:
         if staticcache.is_static(past):
             return self._fill(past, given) if staticcache.begins(past) else self._go_on(past, given)
         seen.check(past, given)
-        before = seen.seen_before(past)
+        before, changed = seen.seen_before(past), seen.is_changed(past)
         self.carried.before(past)
         out = self.compiled(**given)
+        if changed:
+            check_compiled(self.carried.ran)
         cache = getattr(out, "past_key_values", None)
         self.carried.after(cache)
         slidingcache.recount(cache)
@@ -138,7 +140,7 @@ class _Around:
         given = staticcache.continued(cache, given, tokens)
         self.carried.before(cache)
         out = self.compiled(**given)
-        staticcache.check_compiled(self.carried.taken)
+        check_compiled(self.carried.taken)
         self.carried.after(cache)
         staticcache.count(cache, tokens or 0)
         return out

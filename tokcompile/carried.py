@@ -28,17 +28,18 @@ class Carried:
 
     Attributes:
         values: by name; rows of the batch come first.
-        taken: whether a graph of the call that runs has taken any.
+        ran: whether a graph that rules rewrote is part of the call.
+        taken: whether one has taken any of the values.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
-        self.taken = False
+        self.ran = self.taken = False
 
     def before(self, cache: Any) -> None:
         """Take from a cache what its conversation has handed on; None is a new one."""
         self.values = dict(getattr(cache, _KEPT, None) or {})
-        self.taken = False
+        self.ran = self.taken = False
 
     def after(self, cache: Any) -> None:
         """Keep on a cache what the call has handed on; None is a call without one."""
@@ -47,6 +48,20 @@ class Carried:
                 _follow(cache)
             setattr(cache, _KEPT, dict(self.values))
         self.values = {}
+
+
+def check_compiled(ran: bool) -> None:
+    """Refuse the result of a step that Dynamo ran without a graph: the model alone takes a cache for what it was.
+
+    Args:
+        ran: whether a graph of ours was part of it.
+    """
+    if not ran:
+        raise TokredError(
+            "this step on a cache that rules changed was not compiled",
+            found="a model that Dynamo ran as it is, as it does at its limit of graphs",
+            remedy="a higher torch._dynamo.config.recompile_limit, or fewer shapes; TORCH_LOGS=recompiles says why",
+        )
 
 
 def _follow(cache: Any) -> None:
@@ -162,9 +177,12 @@ def return_handed(program: Program) -> None:
 
 
 def carry(program: Program) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what turns a compiled graph that hands numbers on, or takes them, into one like the model's."""
+    """Return what turns a compiled graph that hands numbers on, or takes them, into one like the model's.
+
+    It also notes that the graph has run.
+    """
     carried, handed, taken = program.carried, list(program.handed), list(program.taken)
-    if carried is None or not (handed or taken):
+    if carried is None:
         return lambda compiled: compiled
     own = len(program.output.args[0]) - len(handed)
 
@@ -177,7 +195,7 @@ def carry(program: Program) -> Callable[[Callable[..., Any]], Callable[..., Any]
                     found=f"no {', '.join(missing)}",
                     remedy="run the prompt through the compiled model, and pass the cache that it returns",
                 )
-            carried.taken = carried.taken or bool(taken)
+            carried.ran, carried.taken = True, carried.taken or bool(taken)
             results = list(compiled(*args, *(carried.values[name] for name in taken)))
             carried.values.update(zip(handed, (value.detach() for value in results[own:]), strict=True))
             return tuple(results[:own])

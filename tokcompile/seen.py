@@ -87,6 +87,11 @@ def seen_before(cache: Any) -> int:
     return known if known is not None else max(_held(cache), default=0)
 
 
+def is_changed(cache: Any) -> bool:
+    """Whether a cache holds fewer or more tokens in some layer than its conversation has seen."""
+    return any(getattr(cache, _BESIDE, None) or ())
+
+
 def _seen(cache: Any) -> int | None:
     """Steps, and `crop`, change what a cache holds and what it has seen alike: their difference stays."""
     beside, held = getattr(cache, _BESIDE, None), _held(cache)

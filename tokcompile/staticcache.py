@@ -280,20 +280,6 @@ def _laid_out(value: Any) -> Any:
     return value.clone(memory_format=torch.contiguous_format)
 
 
-def check_compiled(taken: bool) -> None:
-    """Refuse the result of a step that Dynamo ran without a graph: the model alone sees empty slots, and padding.
-
-    Args:
-        taken: whether a graph has taken what is known of the cache.
-    """
-    if not taken:
-        raise TokredError(
-            "this step on a static cache was not compiled",
-            found="a model that Dynamo ran as it is, as it does at its limit of graphs",
-            remedy="a higher torch._dynamo.config.recompile_limit, or fewer shapes; TORCH_LOGS=recompiles says why",
-        )
-
-
 def count(cache: Any, tokens: int) -> None:
     """Count the tokens of a step that has run."""
     getattr(cache, _FILLED).seen += tokens

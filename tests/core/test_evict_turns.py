@@ -185,3 +185,19 @@ def test_beams_go_on_from_their_own_caches(name: str) -> None:
     said = logits.log_softmax(-1).gather(2, more[..., None])[..., 0].sum(1)
     assert len({tuple(row) for row in more[:3].tolist()}) == 3
     assert difference(said, out.sequences_scores) <= 1e-4
+
+
+@pytest.mark.parametrize("rule", ["snapkv", "adakv"])
+def test_a_step_that_dynamo_runs_without_a_graph_is_refused(rule: str) -> None:
+    """At its limit of graphs it runs the model as it is, which takes what is left for all that there was."""
+    model = fleet.build("llama")
+    tokcompile.compile(model, rule, budget=9, window=4, kernel=3, target="eager")
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=1),
+            pytest.raises(TokredError, match="was not compiled") as caught,
+        ):
+            model.generate(**fleet.example(model, 2, (0, 3), text=25), **greedy(3))
+    finally:
+        tokcompile.restore(model)
+    assert "recompile_limit" in caught.value.remedy

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import made, padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,17 +17,6 @@ import tokcompile.kernels  # noqa: F401
 
 ops = torch.ops.tokred
 Pair = tuple[int, int]
-
-
-def made(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(seed: int, batch: int, tokens: int) -> Tensor:
-    """Real tokens of each row, at least one, wherever they stand."""
-    real = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4
-    real[:, seed % tokens] = True
-    return real
 
 
 def by_hand(

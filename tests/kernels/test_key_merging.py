@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from drawn import made, padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,17 +14,6 @@ from torch import Tensor
 import tokcompile.kernels  # noqa: F401
 
 ops = torch.ops.tokred
-
-
-def made(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(seed: int, batch: int, tokens: int) -> Tensor:
-    """Real tokens of each row, at least one, wherever they stand."""
-    real = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4
-    real[:, seed % tokens] = True
-    return real
 
 
 def candidates(real: Tensor | None, among: Tensor | None, row: int, tokens: int, first: int, last: int) -> list[int]:

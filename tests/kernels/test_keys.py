@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import made, padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,17 +15,6 @@ from torch import Tensor
 import tokcompile.kernels  # noqa: F401
 
 ops = torch.ops.tokred
-
-
-def made(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(seed: int, batch: int, tokens: int) -> Tensor:
-    """Real tokens of each row, at least one, wherever they stand."""
-    real = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4
-    real[:, seed % tokens] = True
-    return real
 
 
 def attention(q: Tensor, k: Tensor, case: dict[str, Any], row: int, head: int, i: int) -> list[float]:

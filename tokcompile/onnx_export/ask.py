@@ -56,6 +56,8 @@ def _pixels(path: Path) -> np.ndarray:
         with Image.open(path) as opened:
             image = opened.convert("RGB").resize((digits.IMAGE_SIZE, digits.IMAGE_SIZE))
     except (OSError, UnidentifiedImageError) as error:
-        raise RuleError(f"'{path}' cannot be read as an image", found=str(error)) from error
+        raise RuleError(
+            f"'{path}' cannot be read as an image", found=str(error), remedy="a PNG or JPEG file"
+        ) from error
     scaled = np.asarray(image, np.float32) / 255
     return ((scaled - digits.MEAN) / digits.STD).transpose(2, 0, 1)[None].astype(np.float32)

@@ -67,7 +67,9 @@ def _check(inputs: Mapping[str, Any], name: str, axes: Axes) -> None:
     rank = 4 if is_cache(value) else getattr(value, "ndim", 0)
     for axis in axes:
         if not 0 <= axis < rank:
-            raise CaptureError(f"input '{name}' has no dimension {axis}", found=f"{rank} dimensions")
+            raise CaptureError(
+                f"input '{name}' has no dimension {axis}", found=f"{rank} dimensions", remedy=f"0 to {rank - 1}"
+            )
 
 
 def is_cache(value: Any) -> bool:

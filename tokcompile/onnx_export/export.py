@@ -253,12 +253,20 @@ def _checked(onnx: Any, path: Path, unchecked: list[str]) -> Exported:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LowerError(
-            "the file that was written is no valid ONNX model", where=[str(path)], found=str(error)
+            "the file that was written is no valid ONNX model",
+            where=[str(path)],
+            found=str(error),
+            remedy="another opset, or report it with the rule and the model",
         ) from error
     model = onnx.load(str(path), load_external_data=False)
     foreign = {node.domain for node in model.graph.node} | {f.domain for f in model.functions}
     if foreign - {""}:
-        raise LowerError("the file holds operators that are not ONNX's own", found=", ".join(sorted(foreign - {""})))
+        raise LowerError(
+            "the file holds operators that are not ONNX's own",
+            where=[str(path)],
+            found=", ".join(sorted(foreign - {""})),
+            remedy="a translation for what they are made from, in tokcompile/onnx_export/translations.py",
+        )
     return Exported(
         path,
         model.opset_import[0].version,

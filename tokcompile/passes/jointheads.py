@@ -176,6 +176,7 @@ def _rewrite(ctx: Context, index: int, block: Block, cache: Cache) -> None:
             "attention to slots of each head is of another kind",
             where=[place(site.node)],
             found=f"{new.dtype} {tuple(new.shape)} for {old.dtype} {tuple(old.shape)}",
+            remedy="heads: each, which leaves the attention as it is",
         )
     made.meta.update({name: held for name, held in site.node.meta.items() if name not in made.meta})
     editor.replace(site.node, made)
