@@ -39,10 +39,9 @@ def is_joint(rule: Rule, step: Evict, known: Mapping[str, object]) -> bool:
 
 
 def shares_budget(sites: Sites, index: int) -> bool:
-    """Whether a block's cache has several heads of its own text; of one head, or of images, each keeps as many."""
-    block = sites.stacks["decoder"].blocks[index]
-    cache = sites.caches[block]
-    return cache.key.meta["val"].shape[1] > 1 and sites.reach.above(block.input, cache.key)
+    """Whether a block's cache has several heads, that can keep different numbers of keys."""
+    cache = sites.caches[sites.stacks["decoder"].blocks[index]]
+    return cache.key.meta["val"].shape[1] > 1
 
 
 def check_joints(rules: Sequence[RuleInstance]) -> None:
