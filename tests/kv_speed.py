@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -57,10 +58,12 @@ def peer_python(folder: Path, pip: list[str]) -> Path:
     return python
 
 
-def cell(python: Path | str, how: str, **given: Any) -> dict[str, Any]:
-    """Run one cell."""
+def cell(python: Path | str, how: str, threads: int, **given: Any) -> dict[str, Any]:
+    """Run one cell with so many threads, whatever this process was told to use."""
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run([python, HERE / "kv_cell.py", how, *options], check=True, capture_output=True, text=True)
+    command = [python, HERE / "kv_cell.py", how, *options]
+    own = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=own)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -86,11 +89,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--environment", type=Path, default=Path("build/kvpress"))
     parser.add_argument("--pip", nargs="*", default=[], help="further arguments of pip install")
     given = parser.parse_args()
     other = peer_python(given.environment, given.pip)
-    shared = {"budget": given.budget, "layers": given.layers, "steps": given.steps, "rounds": given.rounds}
+    shared = {name: getattr(given, name) for name in ("threads", "budget", "layers", "steps", "rounds")}
     tables: list[tuple[str, str]] = []
     ideal = cell(sys.executable, "tokred", rule="knorm", context=given.budget, **shared)
     for context in given.contexts:
@@ -100,11 +104,11 @@ def main() -> None:
             found = {way: cell(python, way, rule=rule, context=context, **shared) for way, python in each.items()}
             tables.append(rows(rule, context, given.budget, full | found | {"ideal": ideal}))
             print(*tables[-1], sep="\n", flush=True)
-    versions = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads"
     page = INTRO.format(
         made=f"{datetime.date.today()}, {versions}",
         parameters=given.layers * 7.67 + 12.3,
-        threads=torch.get_num_threads(),
+        threads=given.threads,
         rounds=given.rounds,
         steps=given.steps,
         peer=PEER,
