@@ -153,6 +153,28 @@ def test_a_file_of_fixed_sizes_says_what_a_compiled_model_says(rule: str, tmp_pa
     close(file, inputs, prune(model, rule=rule, **USUAL[rule])(**inputs))
 
 
+def test_fused_operators_of_a_later_opset_take_any_batch(tmp_path: Path) -> None:
+    """torch leaves the tables of a fused rotary embedding one row, and ONNX wants one of each of the batch."""
+    model = families.decoder("llama", fleet.TEXT | {"num_hidden_layers": 2}).eval()
+    given = {"rule": "snapkv", "budget": 6, "window": 2, "kernel": 3}
+    file = tokcompile.export_onnx(model, fleet.example(model, 2), tmp_path / "m.onnx", opset=23, **given)
+    assert file.operators["Attention"] == 2 and file.opset == 23
+    inputs = fleet.example(model, 3, text=15)
+    close(file, inputs, prune(model, **given)(**inputs))
+
+
+def test_operators_say_which_step_brought_them_and_no_folder_of_this_machine(tmp_path: Path) -> None:
+    model = small()
+    path = tokcompile.export_onnx(
+        model, fleet.example(model, 2), tmp_path / "m.onnx", "fastv", dynamic=False, layer=1, keep=4
+    ).path
+    held = [{entry.key: entry.value for entry in node.metadata_props} for node in onnxed.onnx.load(path).graph.node]
+    verbs = {found["tokred.step"].rpartition("(")[2] for found in held if "tokred.step" in found}
+    assert {"score)", "select)", "drop)"} <= verbs
+    assert any(found.get("tokred.operator") == "operator tokred::topk_mask" for found in held)
+    assert str(Path(torch.__file__).parent.parent).encode() not in path.read_bytes()
+
+
 def test_weights_go_to_a_file_beside(tmp_path: Path) -> None:
     class Product(nn.Module):
         def __init__(self) -> None:

@@ -80,6 +80,23 @@ def test_the_best_third_of_any_length_is_in_order(tmp_path: Path) -> None:
     assert np.take_along_axis(values, index, 1).tolist() == best.tolist()
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_values_where_a_mask_holds(rows: bool, tmp_path: Path) -> None:
+    """A mask of whole rows, spread, and one of single values: no operator whose size depends on data."""
+    source = torch.arange(60.0).reshape(5, 4, 3)
+
+    def put(x: Tensor) -> Tensor:
+        mask = x > 0
+        return x.masked_scatter(mask[..., :1].expand_as(x) if rows else mask, source)
+
+    run = session(put, torch.zeros(2, 4, 3), tmp_path, 0)
+    assert "NonZero" not in {node.op_type for node in onnxed.onnx.load(tmp_path / "f.onnx").graph.node}
+    for seed, batch in ((0, 1), (1, 5)):
+        values = np.random.default_rng(seed).normal(size=(batch, 4, 3)).astype(np.float32)
+        (found,) = run.run(None, {"x": values})
+        np.testing.assert_array_equal(found, put(torch.from_numpy(values)).numpy())
+
+
 def test_distances(tmp_path: Path) -> None:
     mode = "donot_use_mm_for_euclid_dist"
     run = session(lambda x: torch.cdist(x, x.flip(1)[:, :2], compute_mode=mode), torch.zeros(2, 6, 3), tmp_path, 0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -17,9 +21,10 @@ def sortable(scores: Tensor) -> Tensor:
     NaN maps to 0, below -inf; -0.0 equals 0.0. Exact: no two different float32 values share an image.
     """
     value = scores.to(torch.float32)
-    bits = torch.where(value == 0, 0.0, value).view(torch.int32)
-    # IEEE bits order non-negative floats as integers; flipping the magnitude bits of negative ones extends that to all.
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + (1 << 31)
+    bits = torch.where(value == 0, 0.0, value).view(torch.int32).to(torch.int64)
+    # IEEE bits order non-negative floats as integers, and negative ones the other way round. By arithmetic: runtimes
+    # for exported models have no shifts of signed integers.
+    ordered = torch.where(bits < 0, -1 - bits, bits + (1 << 31))
     return torch.where(value != value, 0, ordered)
 
 
@@ -33,9 +38,40 @@ def pack(classes: Tensor, scores: Tensor, allowed: Tensor) -> Tensor:
 
     Integers cannot swallow a small difference as a float `score + BIG * class` does.
     """
+    if _ranked.get():
+        return _ranks(classes, scores, allowed)
     index = torch.arange(scores.shape[1], device=scores.device)
     value = torch.where(allowed, sortable(scores), 0)
-    return (((classes << SCORE_BITS) + value) << INDEX_BITS) + (MAX_TOKENS - 1 - index)
+    return (classes * (1 << SCORE_BITS) + value) * (1 << INDEX_BITS) + (MAX_TOKENS - 1 - index)
+
+
+_ranked: ContextVar[bool] = ContextVar("ranked", default=False)
+
+
+@contextmanager
+def by_ranks() -> Iterator[None]:
+    """While this lasts, `pack` sorts scores and numbers them, and gives other keys of the same order.
+
+    For runtimes of exported models: the keys fit in 32 bits for as many as 2^23 tokens, and need no bits of floats.
+    OpenVINO computes whole numbers in 32 bits whatever their type, and TensorRT's compiler may not end on many
+    operations on single values in a row.
+    """
+    token = _ranked.set(True)
+    try:
+        yield
+    finally:
+        _ranked.reset(token)
+
+
+def _ranks(classes: Tensor, scores: Tensor, allowed: Tensor) -> Tensor:
+    """Unique int64 keys [B, N] in the order of those of `pack`: within a class what has a score, then by its rank."""
+    tokens = scores.shape[1]
+    value = scores.to(torch.float32)
+    counts = allowed & (value == value)
+    best = torch.where(counts, value, 0.0).sort(dim=1, descending=True, stable=True).indices
+    falling = torch.arange(tokens - 1, -1, -1, device=scores.device).expand_as(best)
+    place = torch.zeros_like(best).scatter(1, best, falling)
+    return (classes * 2 + counts.to(torch.int64)) * tokens + place
 
 
 def largest(keys: Tensor, k: int) -> Tensor:

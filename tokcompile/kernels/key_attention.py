@@ -103,7 +103,8 @@ def last_places(valid: Tensor | None, batch: int, tokens: int, window: int, devi
     rank = index + 1 if valid is None else valid.cumsum(1)
     slot = rank - 1 + window - rank[:, -1:]
     wanted = slot >= 0 if valid is None else valid & (slot >= 0)
-    empty = torch.full((batch, window + 1), -1, dtype=torch.int64, device=device)
+    # With room for every token, because TensorRT scatters into tensors no smaller than the indices.
+    empty = torch.full((batch, window + tokens), -1, dtype=torch.int64, device=device)
     return empty.scatter(1, torch.where(wanted, slot, window), index)[:, :window]
 
 

@@ -34,9 +34,10 @@ def reference(runs: Tensor, length: int) -> Tensor:
     held = torch.where(ends, -2 - index, index)
     count = stays.cumsum(1)
     slot = count - 1 + (length - count[:, -1:])
-    # What has no slot shares one past the end, so that shapes never depend on data.
+    # What has no slot shares one past the end, so that shapes never depend on data. With room for every token, because
+    # TensorRT scatters into tensors no smaller than the indices.
     slot = torch.where(stays & (slot >= 0), slot, length)
-    empty = held.new_full((batch, 1), -1).expand(batch, length + 1)
+    empty = held.new_full((batch, 1), -1).expand(batch, length + tokens)
     return empty.scatter(1, slot, held)[:, :length].contiguous()
 
 

@@ -19,6 +19,7 @@ from tokcompile import api
 from tokcompile.binding import RuleInstance
 from tokcompile.dynamo import know_caches
 from tokcompile.errors import CaptureError, LowerError, RuleError, known
+from tokcompile.kernels._order import by_ranks
 from tokcompile.onnx_export import dynamic as dynamics
 from tokcompile.onnx_export import legality, steps
 from tokcompile.onnx_export.extra import NEEDED, needs
@@ -169,6 +170,7 @@ def write(
     made = _translated(flat, taken, returned, opset)
     legality.check(made.exported_program, flat, legality.TARGETS[target])
     unchecked = checks(program)
+    _tell_origins(made.model, made.exported_program, flat)
     spell_out(made.model)
     made.model.metadata_props.update(_metadata(rules, unchecked))
     _rename(made.model, called)
@@ -181,7 +183,7 @@ def write(
 def _translated(flat: ExportedProgram, taken: list[str], returned: list[str], opset: int) -> Any:
     from tokcompile.onnx_export.translations import TRANSLATIONS
 
-    with _quiet():
+    with _quiet(), by_ranks():
         try:
             return torch.onnx.export(
                 flat,
@@ -194,6 +196,21 @@ def _translated(flat: ExportedProgram, taken: list[str], returned: list[str], op
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise legality.untranslated(error, flat) from error
+
+
+def _tell_origins(model: Any, decomposed: ExportedProgram, flat: ExportedProgram) -> None:
+    """Note on each operator which step of a rule, and which operator of tokred, it was made for.
+
+    What torch notes of Python's stack is taken out: it holds folders of the machine that wrote the file.
+    """
+    made, known = legality.calls(decomposed), legality.calls(flat)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+        call = re.match(r"%(\w+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+        source = made.get(call[1]) if call else None
+        if source is not None:
+            found = legality.brought_by(source, legality.origin_of(source, known))
+            node.metadata_props.update({f"tokred.{key}": text for key, text in found.items()})
 
 
 @contextlib.contextmanager

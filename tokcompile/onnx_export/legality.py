@@ -44,7 +44,12 @@ class Target:
         count = _RANKED[node.target](node)
         if isinstance(count, int) and count <= self.most:
             return None
-        return f"a TopK of {count} values, and {self.name} takes at most {self.most}", "a smaller budget"
+        if isinstance(count, int):
+            return f"a TopK of {count} values, and {self.name} takes at most {self.most}", "a smaller budget"
+        return (
+            f"a TopK of an open number of values, and {self.name} takes a fixed one",
+            "fixed sizes, or a fixed budget",
+        )
 
 
 def _arguments(node: Node) -> dict[str, Any]:
@@ -93,7 +98,63 @@ ONNX = Target(
         aten._cdist_forward.default: _distance,
     },
 )
-TARGETS = {target.name: target for target in (ONNX,)}
+
+
+def _spread_scatter(node: Node) -> Reason | None:
+    found = _arguments(node)
+    index, into = (found[name].meta["val"].shape for name in ("index", "self"))
+    small = [axis for axis, (most, size) in enumerate(zip(into, index, strict=True)) if _is_less(most, size)]
+    if not small:
+        return None
+    return f"a scatter of {list(index)} values into {list(into)}: TensorRT takes no more than there is room for", (
+        "scatter into a larger tensor, and cut it"
+    )
+
+
+def _is_less(one: Any, other: Any) -> bool:
+    return isinstance(one, int) and isinstance(other, int) and one < other
+
+
+def _without_form(what: str, instead: str) -> Callable[[Node], Reason | None]:
+    return lambda node: (f"TensorRT has no {what}", instead)
+
+
+def _whole(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype != torch.bool
+
+
+def _bitwise(node: Node) -> Reason | None:
+    return ("TensorRT has no operators on the bits of numbers", "another rule or option") if _whole(node) else None
+
+
+TENSORRT = Target(
+    "tensorrt",
+    most=3840,
+    calls={
+        **ONNX.calls,
+        aten.scatter.src: _spread_scatter,
+        aten.scatter.value: _spread_scatter,
+        aten.scatter_add.default: _spread_scatter,
+        aten.nonzero.default: _without_form("sizes that depend on data without its plugins", "a mask"),
+        **dict.fromkeys(
+            (
+                aten.bitwise_and.Tensor,
+                aten.bitwise_and.Scalar,
+                aten.bitwise_or.Tensor,
+                aten.bitwise_or.Scalar,
+                aten.bitwise_xor.Tensor,
+                aten.bitwise_xor.Scalar,
+                aten.__lshift__.Scalar,
+                aten.__rshift__.Scalar,
+                aten.bitwise_left_shift.Tensor_Scalar,
+                aten.bitwise_right_shift.Tensor_Scalar,
+            ),
+            _bitwise,
+        ),
+    },
+)
+TARGETS = {target.name: target for target in (ONNX, TENSORRT)}
 
 
 def check(decomposed: ExportedProgram, rewritten: ExportedProgram, target: Target) -> None:
@@ -115,19 +176,17 @@ def refused(node: Node, rewritten: ExportedProgram, cause: str, remedy: str) -> 
 
 def provenance(node: Node, rewritten: ExportedProgram) -> list[str]:
     """Where a node of a decomposed program comes from: rule, step, `tokred` operator, and place in the model."""
-    origin = _origin(node, rewritten)
-    made = node.meta.get("custom") or (origin.meta.get("custom") if origin else None) or {}
-    where = []
-    if "tokred" in made:
-        where.append(" ".join(filter(None, [f"rule '{made['tokred']}'", made.get("tokred_step", "")])))
-    if origin is not None and str(origin.target).startswith("tokred."):
-        where.append(f"operator tokred::{str(origin.target).split('.')[1]}")
-    return [*where, place(origin if origin is not None else node)]
+    origin = origin_of(node, calls(rewritten))
+    return [*brought_by(node, origin).values(), place(origin if origin is not None else node)]
 
 
-def _origin(node: Node, rewritten: ExportedProgram) -> Node | None:
-    """The node of the rewritten program that a decomposition made a node from."""
-    known = {n.name: n for n in rewritten.graph.nodes if n.op == "call_function"}
+def calls(program: ExportedProgram) -> dict[str, Node]:
+    """Calls of a program by their names."""
+    return {node.name: node for node in program.graph.nodes if node.op == "call_function"}
+
+
+def origin_of(node: Node, known: dict[str, Node]) -> Node | None:
+    """The node of the rewritten program, one of `known`, that a decomposition made a node from."""
     sources = list(node.meta.get("from_node") or ())
     while sources:
         source = sources.pop()
@@ -135,6 +194,17 @@ def _origin(node: Node, rewritten: ExportedProgram) -> Node | None:
             return known[source.name]
         sources.extend(source.from_node or ())
     return None
+
+
+def brought_by(node: Node, origin: Node | None) -> dict[str, str]:
+    """The `step` of a rule and the `operator` of tokred that a node was made for; neither for the model's own."""
+    made = node.meta.get("custom") or (origin.meta.get("custom") if origin is not None else None) or {}
+    found = {}
+    if "tokred" in made:
+        found["step"] = " ".join(filter(None, [f"rule '{made['tokred']}'", made.get("tokred_step", "")]))
+    if origin is not None and str(origin.target).startswith("tokred."):
+        found["operator"] = f"operator tokred::{str(origin.target).split('.')[1]}"
+    return found
 
 
 def untranslated(error: Exception, rewritten: ExportedProgram) -> LowerError:
@@ -150,11 +220,11 @@ def untranslated(error: Exception, rewritten: ExportedProgram) -> LowerError:
     operator = getattr(getattr(getattr(torch.ops, found[1]), found[2]), found[3])
     table = torch.export.default_decompositions()
     table.pop(operator, None)
-    calls = [n for n in rewritten.run_decompositions(table).graph.nodes if n.target == operator]
+    left = [n for n in rewritten.run_decompositions(table).graph.nodes if n.target == operator]
     cause, remedy = f"{found[1]}::{found[2]} has no form in ONNX", "another rule or option, or another spelling of it"
-    if not calls:
+    if not left:
         return LowerError(cause, found=f"{found[1]}.{found[2]}.{found[3]}", remedy=remedy)
-    return refused(calls[0], rewritten, cause, remedy)
+    return refused(left[0], rewritten, cause, remedy)
 
 
 def _causes(error: BaseException | None) -> str:

@@ -8,10 +8,19 @@ import onnx_ir as ir
 
 
 def spell_out(model: Any) -> None:
-    """Write choices between truth values as And, Or and Not: ONNX Runtime has no Where for them on the CPU."""
+    """Write operators as runtimes have them.
+
+    - Choices between truth values as And, Or and Not: ONNX Runtime has no Where for them on the CPU.
+    - Tables of a fused rotary embedding, from opset 23 on, with a row for each of the batch: ONNX defines no other, and
+      torch leaves one row for all.
+    """
     for node in list(model.graph):
-        if node.op_type == "Where" and node.domain == "" and node.outputs[0].dtype == ir.DataType.BOOL:
+        if node.domain != "":
+            continue
+        if node.op_type == "Where" and node.outputs[0].dtype == ir.DataType.BOOL:
             _choose(model.graph, node)
+        elif node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
+            _spread_tables(model.graph, node)
 
 
 def _choose(graph: Any, node: Any) -> None:
@@ -22,3 +31,15 @@ def _choose(graph: Any, node: Any) -> None:
     chosen = ir.node("Or", [first.outputs[0], second.outputs[0]])
     nodes = [otherwise, first, second, chosen]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, chosen.outputs)
+
+
+def _spread_tables(graph: Any, node: Any) -> None:
+    x, *tables = node.inputs
+    batch = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+    ones = ir.node("Constant", [], attributes={"value": ir.tensor([1, 1], ir.DataType.INT64)})
+    shape = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], attributes={"axis": 0})
+    spread = [ir.node("Expand", [table, shape.outputs[0]]) for table in tables]
+    graph.insert_before(node, [batch, ones, shape, *spread])
+    for place, made in enumerate(spread, 1):
+        made.outputs[0].dtype = x.dtype
+        node.replace_input_with(place, made.outputs[0])

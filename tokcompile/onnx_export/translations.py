@@ -17,41 +17,49 @@ from tokcompile.kernels._order import MAX_TOKENS
 
 aten = torch.ops.aten
 
-_EXPONENTS = 280
-"""Powers of two from the least float32, 2^-149, to past the greatest."""
-
 
 def _constant(value: Any, dtype: Any) -> Any:
     return op.Constant(value=ir.tensor(np.array(value, dtype=dtype)))
 
 
+_DOUBLINGS = tuple(1 << power for power in reversed(range(7)))
+"""How many times a number is doubled or halved in turn, until it lies in [1, 2): 127 times at most."""
+
+
 def view_dtype(self: Any, dtype: int) -> Any:
     """The bits of float32 numbers as int32, by arithmetic: ONNX has no operator for it before opset 26.
 
-    With y = |x| 2^149, which is whole, the bits of |x| are y below 2^23 and else those of its exponent and of what is
-    left of it, as IEEE 754 lays them out. Exact: factors are powers of two. NaN gives its usual bits, 0x7FC00000.
+    A number of at least 2^-126 is halved or doubled until it lies in [1, 2): how often is its exponent, what it is then
+    its mantissa, as IEEE 754 lays them out. A smaller one, a multiple of 2^-149, is that multiple. In float32, as not
+    all runtimes have float64 (TensorRT clamps it), and exact, because factors are powers of two. NaN gives its usual
+    bits, 0x7FC00000. Where a device counts denormal numbers as zero, so do the bits.
     """
     if self.dtype != ir.DataType.FLOAT or dtype != ir.DataType.INT32:
         raise NotImplementedError(f"bits of {self.dtype} as {ir.DataType(dtype)}")
-    x = op.Cast(self, to=ir.DataType.DOUBLE)
-    scaled = op.Mul(op.Abs(x), _constant(2.0**149, np.float64))
-    infinite = op.IsInf(x)
-    number = op.Not(op.Or(infinite, op.IsNaN(x)))
-    rest = op.Where(number, scaled, _constant(1.0, np.float64))
-    exponent = op.Mul(rest, _constant(0.0, np.float64))
-    for bit in reversed(range(_EXPONENTS.bit_length())):
-        large = op.GreaterOrEqual(rest, _constant(2.0 ** (1 << bit), np.float64))
-        factor, gained = _constant(2.0 ** -(1 << bit), np.float64), _constant(1 << bit, np.float64)
-        rest = op.Where(large, op.Mul(rest, factor), rest)
-        exponent = op.Where(large, op.Add(exponent, gained), exponent)
-    # 2^149 stands for 2^0, whose exponent is stored as 127, and what is left of it begins with 1.
-    normal = op.Mul(op.Add(op.Sub(exponent, _constant(23, np.float64)), rest), _constant(2.0**23, np.float64))
-    bits = op.Where(op.Less(scaled, _constant(2.0**23, np.float64)), scaled, normal)
-    bits = op.Where(number, bits, _constant(0x7FC00000, np.float64))
-    bits = op.Cast(op.Where(infinite, _constant(0x7F800000, np.float64), bits), to=ir.DataType.INT64)
+    size = op.Abs(self)
+    known = op.LessOrEqual(size, _constant(np.finfo(np.float32).max, np.float32))
+    infinite = op.Equal(size, _constant(np.inf, np.float32))
+    normal = op.And(known, op.GreaterOrEqual(size, _constant(2.0**-126, np.float32)))
+    rest, exponent = op.Where(normal, size, _constant(1.0, np.float32)), _constant(127, np.int64)
+    for times in _DOUBLINGS:
+        large = op.GreaterOrEqual(rest, _constant(2.0**times, np.float32))
+        rest = op.Where(large, op.Mul(rest, _constant(2.0**-times, np.float32)), rest)
+        exponent = op.Add(exponent, op.Where(large, _constant(times, np.int64), _constant(0, np.int64)))
+    for times in _DOUBLINGS:
+        small = op.Less(rest, _constant(2.0 ** (1 - times), np.float32))
+        rest = op.Where(small, op.Mul(rest, _constant(2.0**times, np.float32)), rest)
+        exponent = op.Sub(exponent, op.Where(small, _constant(times, np.int64), _constant(0, np.int64)))
+    mantissa = op.Mul(op.Sub(rest, _constant(1.0, np.float32)), _constant(2.0**23, np.float32))
+    bits = op.Add(op.Mul(exponent, _constant(1 << 23, np.int64)), op.Cast(mantissa, to=ir.DataType.INT64))
+    # In two steps, as 2^149 is no float32.
+    denormal = op.Where(op.Less(size, _constant(2.0**-126, np.float32)), size, _constant(0.0, np.float32))
+    multiple = op.Mul(op.Mul(denormal, _constant(2.0**126, np.float32)), _constant(2.0**23, np.float32))
+    bits = op.Where(normal, bits, op.Cast(multiple, to=ir.DataType.INT64))
+    bits = op.Where(infinite, _constant(0x7F800000, np.int64), bits)
+    bits = op.Where(op.Or(known, infinite), bits, _constant(0x7FC00000, np.int64))
     # Minus infinity is what the reciprocal of -0.0 is.
-    zero = op.Equal(x, _constant(0.0, np.float64))
-    negative = op.Less(op.Where(zero, op.Reciprocal(x), x), _constant(0.0, np.float64))
+    zero = op.Equal(self, _constant(0.0, np.float32))
+    negative = op.Less(op.Where(zero, op.Reciprocal(self), self), _constant(0.0, np.float32))
     bits = op.Where(negative, op.Sub(bits, _constant(1 << 31, np.int64)), bits)
     return op.Cast(bits, to=ir.DataType.INT32)
 
@@ -100,10 +108,36 @@ def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = 
     return op.TopK(self, count, axis=dim, largest=int(largest), sorted=1)
 
 
+def masked_scatter(self: Any, mask: Any, source: Any) -> Any:
+    """Values of `source`, in order, where `mask` holds: by a running count of places, so that no size depends on data.
+
+    A mask that holds for whole rows [..., 1], spread over them, counts rows, as embeddings of images in a text do.
+    """
+    rows = _spread(mask)
+    width = self.shape[-1]
+    if rows is None or not isinstance(width, int) or source.shape is None or source.shape[-1] != width:
+        rows, width = op.Expand(mask, op.Shape(self)), 1
+    flags = op.Cast(op.Reshape(rows, _constant([-1], np.int64)), to=ir.DataType.INT64)
+    before = op.Sub(op.CumSum(flags, _constant(0, np.int64)), _constant(1, np.int64))
+    table = op.Reshape(source, _constant([-1, width], np.int64))
+    found = op.Gather(table, op.Max(before, _constant(0, np.int64)), axis=0)
+    return op.Where(rows, op.Reshape(found, op.Shape(self)), self)
+
+
+def _spread(mask: Any) -> Any:
+    """What a mask was expanded from, where that has one value for each row of the last dimension."""
+    made = mask.producer()
+    if made is None or made.op_type != "Expand":
+        return None
+    rows = made.inputs[0]
+    return rows if rows.shape is not None and len(rows.shape) == len(mask.shape) and rows.shape[-1] == 1 else None
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.view.dtype: view_dtype,
     aten.cummax.default: cummax,
     aten._cdist_forward.default: cdist,
+    aten.masked_scatter.default: masked_scatter,
     aten.sort.stable: stable_sort,
     aten.topk.default: topk,
 }
