@@ -2,10 +2,10 @@
 #   PYTHON    which Python makes the environment
 #   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
 #   JOBS      test processes at a time
-#   EXTRAS    what is installed beside the package; demo,dev,export,timm has the families of timm tested, too
+#   EXTRAS    what is installed beside the package; demo,dev,tensorrt,openvino,timm has the families of timm tested, too
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= demo,dev,export
+EXTRAS ?= demo,dev,tensorrt,openvino
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin

@@ -4,6 +4,7 @@ from tokcompile.api import compile, export, restore, rewrite
 from tokcompile.calibration import calibrate
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
 from tokcompile.imagesizes import precompute
+from tokcompile.onnx_export.engine import export_tensorrt
 from tokcompile.onnx_export.export import export_onnx
 from tokcompile.recording import Recording
 from tokcompile.weights import Weights
@@ -23,6 +24,7 @@ __all__ = [
     "compile",
     "export",
     "export_onnx",
+    "export_tensorrt",
     "precompute",
     "restore",
     "rewrite",

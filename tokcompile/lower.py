@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,28 @@ def _eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]
     return gm.forward
 
 
+def _brought(package: str, module: str, backend: str) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A compiler of another package, which registers a backend of torch.compile when it is imported."""
+
+    def compiled(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise LowerError(
+                f"a target needs {module}, which cannot be imported",
+                found=str(error),
+                remedy=f"pip install {package}, or another target: {', '.join(name for name in TARGETS)}",
+            ) from error
+        return torch._dynamo.lookup_backend(backend)(gm, list(example_inputs))
+
+    return compiled
+
+
 TARGETS: dict[str, Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]] = {
     "inductor": _inductor,
     "aot_eager": _aot_eager,
     "eager": _eager,
+    "tensorrt": _brought("torch-tensorrt", "torch_tensorrt", "torch_tensorrt"),
 }
 
 
@@ -65,10 +84,10 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], target: str) -> Callab
     Args:
         gm: the rewritten graph module.
         example_inputs: what Dynamo handed over beside the graph.
-        target: `inductor`, `aot_eager` or `eager`.
+        target: `inductor`, `aot_eager` or `eager`; `tensorrt` where torch_tensorrt is installed.
 
     Raises:
-        LowerError: the target is not known.
+        LowerError: the target is not known, or its package cannot be imported.
     """
     if target not in TARGETS:
         raise LowerError(f"unknown target '{target}'", remedy=known(target, TARGETS))
