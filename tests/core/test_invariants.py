@@ -22,7 +22,7 @@ CORE = {"fastv", "hiprune", "tome", "pospad"}
 """Rules that drop late and early, merge, and mark: `make test` asks of them most of what `make test-slow` asks."""
 COMPILED, DYNAMIC = {"hiprune", "pospad"}, {"fastv", "tome"}
 """Those that `make test` compiles by Inductor and for all lengths, which takes long."""
-USUAL = 3
+USUAL = 2
 """Cases of the matrix that `make test` runs of every other rule."""
 
 
