@@ -21,6 +21,13 @@ def places(most: int, *shape: int) -> torch.Tensor:
 
 # One line an operator; the names of tensors that gradients flow to are those of floats, where the reference has any.
 CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "attention_received": lambda: (
+        *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 1, 20), bools(2, 20)),
+        *(0.5, True, 0.0, "mean", "mean", made(2, 4)),
+    ),
+    "attention_row": lambda: (
+        *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), places(20, 2), 0.5, False, 2.0, "max", None),
+    ),
     "fill_mask": lambda: ([bools(2, 12), bools(2, 12).flip(1)], made(0, 2, 12), bools(2, 12), 5),
     "gather_keys": lambda: (made(0, 2, 3, 9, 4), places(9, 2, 3, 5)),
     "gather_many": lambda: (
@@ -33,6 +40,11 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gather_tokens": lambda: (made(0, 2, 9, 4), places(9, 2, 5), 1, 0),
     "keep_keys": lambda: (made(0, 2, 3, 12), bools(2, 12), bools(2, 12).flip(1), 1, 2, 5),
     "kept_indices": lambda: (bools(2, 12), 5),
+    "key_attention": lambda: (
+        *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 1, 20), bools(2, 20), 5, 2),
+        *(0.5, True, 0.0, "mean", "seen", None),
+    ),
+    "key_viewers": lambda: (made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), bools(2, 20), 0, True),
     "mark_slots": lambda: (bools(2, 12), 11),
     "mark_tokens": lambda: (made(0, 2, 9, 4), places(9, 2, 5) - 4, made(1, 2, 4)),
     "merge_keys": lambda: (

@@ -52,3 +52,9 @@ def strided(value: Tensor, kind: int) -> Tensor:
     if kind == 2 and value.dim():
         return torch.stack([value, value.flip(-1)], -1)[..., 0]
     return value
+
+
+def launched_by_name(name: str, **given: Any) -> Any:
+    """`launched` with arguments by the names of the operator's schema."""
+    schema = getattr(torch.ops.tokred, name).default._schema
+    return launched(name, *(given[argument.name] for argument in schema.arguments))

@@ -146,8 +146,36 @@ def _marked(m: Maker) -> tuple[Any, ...]:
     return m.floats(1, 2 * length, WIDTH), m.chosen(2 * length, 1, length) - length // 8, m.floats(WIDTH)
 
 
+def _site(m: Maker, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    """Queries of four heads for each head of keys; as many as there are keys, or few."""
+    tokens = m.units(5 * HEADS * HEAD * m.dtype.itemsize if queries is None else HEADS * HEAD * m.dtype.itemsize)
+    return m.floats(1, 4 * HEADS, queries or tokens, HEAD), m.floats(1, HEADS, tokens, HEAD)
+
+
+def _received(m: Maker) -> tuple[Any, ...]:
+    return *_site(m), None, None, HEAD**-0.5, True, 0.0, "mean", "mean", None
+
+
+def _received_by_head(m: Maker) -> tuple[Any, ...]:
+    """From a window of 64 queries."""
+    return *_site(m, 64), None, None, 64, HEADS, HEAD**-0.5, False, 0.0, "mean", "mean", None
+
+
+def _row(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(m, 64)
+    return query, key, None, torch.full((1,), 63, device=m.device), HEAD**-0.5, False, 0.0, "mean", None
+
+
+def _viewers(m: Maker) -> tuple[Any, ...]:
+    tokens = max(int(m.size**0.5), 2)
+    like = m.floats(1, 1, tokens, 1)
+    return like, like, m.flags(1, 1, tokens, tokens), None, 0, True
+
+
 ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
+    "attention_received": Workload(_received, _all),
+    "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
     "fill_mask": Workload(
         lambda m: ([m.flags(*_scores(m).shape, share=0.1)], _scores(m), None, ROW // 4),
         lambda args, results: held(*args[0], args[1], *results),
@@ -159,6 +187,8 @@ WORKLOADS: dict[str, Workload] = {
     "gather_tokens": Workload(_tokens, _copies),
     "keep_keys": Workload(_keep, _all),
     "kept_indices": Workload(lambda m: (m.flags(m.units(ROW * 3), ROW), ROW // 4), _all, ONE),
+    "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results)),
+    "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
     "mark_slots": Workload(_slots, _all, ONE),
     "mark_tokens": Workload(_marked, _copies),
     "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),

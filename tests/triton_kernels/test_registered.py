@@ -73,11 +73,11 @@ def test_gradients_are_those_of_the_reference(name: str) -> None:
     for run, args in ((kernels.kernel_op(name), mine), (reference(name), theirs)):
         made = [each for each in floats(run(*args)) if each.requires_grad]
         sums.append(sum((each.sin().sum() for each in made), torch.zeros(())))
-    assert sums[0].requires_grad == sums[1].requires_grad
-    if not sums[0].requires_grad:
-        return
+    # Of a reference that counts, the kernel's results may ask for gradients; there are none.
+    assert sums[0].requires_grad or not sums[1].requires_grad
     for each in sums:
-        each.backward()
+        if each.requires_grad:
+            each.backward()
     for one, other in zip(floats(mine), floats(theirs), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:

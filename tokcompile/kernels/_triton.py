@@ -105,7 +105,12 @@ def _annotated(schema: str, launch: Callable[..., Any]) -> Callable[..., Any]:
         return launch(*args)
 
     words = [
-        Parameter(each.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=_ANNOTATIONS[str(each.type)])
+        Parameter(
+            each.name,
+            Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=_ANNOTATIONS[str(each.type)],
+            default=each.default_value if each.has_default_value() else Parameter.empty,
+        )
         for each in parsed.arguments
     ]
     function.__signature__ = Signature(words, return_annotation=_returned(parsed.returns))
