@@ -47,9 +47,13 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "key_viewers": lambda: (made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), bools(2, 20), 0, True),
     "mark_slots": lambda: (bools(2, 12), 11),
     "mark_tokens": lambda: (made(0, 2, 9, 4), places(9, 2, 5) - 4, made(1, 2, 4)),
+    "match_pairs": lambda: (made(0, 2, 20, 8), 6, 1),
     "merge_keys": lambda: (
         *(made(0, 2, 3, 12, 8), places(12, 2, 3, 5), places(6, 2, 3, 12), made(1, 2, 3, 12)),
         *(made(2, 2, 3, 12, 8), made(3, 1, 1, 12, 6).cos(), made(3, 1, 1, 12, 6).sin(), True),
+    ),
+    "merge_pairs": lambda: (
+        *(made(0, 2, 20, 8), made(1, 2, 20).abs(), places(20, 2, 14), places(20, 2, 6), places(14, 2, 6), True),
     ),
     "topk_mask": lambda: (made(0, 2, 12), bools(2, 12), 5),
     "turn_pairs": lambda: (made(0, 2, 3, 9, 8), places(9, 2, 9), places(8, 2, 9), made(2, 3).abs(), 1, False),

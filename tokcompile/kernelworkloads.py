@@ -172,6 +172,23 @@ def _viewers(m: Maker) -> tuple[Any, ...]:
     return like, like, m.flags(1, 1, tokens, tokens), None, 0, True
 
 
+PATCHES = 4096
+"""Tokens of an image whose pairs are merged."""
+
+
+def _match(m: Maker) -> tuple[Any, ...]:
+    return m.floats(m.units(PATCHES * 64 * m.dtype.itemsize), PATCHES, 64), PATCHES // 4, 0
+
+
+def _merge_pairs(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the tokens goes into the others."""
+    quarter = m.units(8 * 1024 * m.dtype.itemsize)
+    order = torch.arange(4 * quarter, device=m.device)[None]
+    size = m.flags(1, 4 * quarter).to(torch.float32) + 1
+    into = m.chosen(3 * quarter, 1, quarter)
+    return m.floats(1, 4 * quarter, 1024), size, order[:, : 3 * quarter], order[:, 3 * quarter :], into, True
+
+
 ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
     "attention_received": Workload(_received, _all),
@@ -191,7 +208,9 @@ WORKLOADS: dict[str, Workload] = {
     "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
     "mark_slots": Workload(_slots, _all, ONE),
     "mark_tokens": Workload(_marked, _copies),
+    "match_pairs": Workload(_match, _all),
     "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),
+    "merge_pairs": Workload(_merge_pairs, _all),
     "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
     "turn_pairs": Workload(_turn, _all),
     "unturn_keys": Workload(_unturn, _all),
