@@ -21,6 +21,15 @@ def places(most: int, *shape: int) -> torch.Tensor:
 
 # One line an operator; the names of tensors that gradients flow to are those of floats, where the reference has any.
 CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "attend": lambda: (
+        made(0, 2, 4, 1, 8),
+        made(1, 2, 2, 20, 8),
+        made(2, 2, 2, 20, 8),
+        bools(2, 1, 1, 20),
+        0.5,
+        0.0,
+        None,
+    ),
     "attention_received": lambda: (
         *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 1, 20), bools(2, 20)),
         *(0.5, True, 0.0, "mean", "mean", made(2, 4)),
@@ -45,6 +54,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(0.5, True, 0.0, "mean", "seen", None),
     ),
     "key_viewers": lambda: (made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), bools(2, 20), 0, True),
+    "key_votes": lambda: (made(0, 2, 4, 8), made(1, 2, 2, 20, 8), bools(2, 20), 1, 2),
     "mark_slots": lambda: (bools(2, 12), 11),
     "mark_tokens": lambda: (made(0, 2, 9, 4), places(9, 2, 5) - 4, made(1, 2, 4)),
     "match_pairs": lambda: (made(0, 2, 20, 8), 6, 1),
@@ -55,6 +65,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "merge_pairs": lambda: (
         *(made(0, 2, 20, 8), made(1, 2, 20).abs(), places(20, 2, 14), places(20, 2, 6), places(14, 2, 6), True),
     ),
+    "pair_scores": lambda: (made(0, 2, 4, 8), made(1, 2, 2, 20, 8), places(3, 2, 1), bools(2, 20), 1, 3, False),
     "topk_mask": lambda: (made(0, 2, 12), bools(2, 12), 5),
     "turn_pairs": lambda: (made(0, 2, 3, 9, 8), places(9, 2, 9), places(8, 2, 9), made(2, 3).abs(), 1, False),
     "unturn_keys": lambda: (made(0, 2, 3, 9, 8), made(1, 1, 1, 9, 6).cos(), made(1, 1, 1, 9, 6).sin() + 2, True),

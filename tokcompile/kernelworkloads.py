@@ -166,6 +166,22 @@ def _row(m: Maker) -> tuple[Any, ...]:
     return query, key, None, torch.full((1,), 63, device=m.device), HEAD**-0.5, False, 0.0, "mean", None
 
 
+def _attend(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(Maker(m.device, m.dtype, m.size // 2), 1)
+    return query, key, key.flip(2), None, HEAD**-0.5, 0.0, None
+
+
+def _votes(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(m, 1)
+    return query[:, :, 0].float(), key, None, 4, 64
+
+
+def _pair_scores(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the pairs, the same for each head of keys."""
+    query, key = _site(m, 1)
+    return query[:, :, 0], key, m.chosen(HEAD // 2, HEADS, HEAD // 8), None, 0, HEAD // 2, False
+
+
 def _viewers(m: Maker) -> tuple[Any, ...]:
     tokens = max(int(m.size**0.5), 2)
     like = m.floats(1, 1, tokens, 1)
@@ -191,6 +207,7 @@ def _merge_pairs(m: Maker) -> tuple[Any, ...]:
 
 ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
+    "attend": Workload(_attend, _all),
     "attention_received": Workload(_received, _all),
     "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
     "fill_mask": Workload(
@@ -206,11 +223,13 @@ WORKLOADS: dict[str, Workload] = {
     "kept_indices": Workload(lambda m: (m.flags(m.units(ROW * 3), ROW), ROW // 4), _all, ONE),
     "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results)),
     "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
+    "key_votes": Workload(_votes, _all),
     "mark_slots": Workload(_slots, _all, ONE),
     "mark_tokens": Workload(_marked, _copies),
     "match_pairs": Workload(_match, _all),
     "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),
     "merge_pairs": Workload(_merge_pairs, _all),
+    "pair_scores": Workload(_pair_scores, _all),
     "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
     "turn_pairs": Workload(_turn, _all),
     "unturn_keys": Workload(_unturn, _all),
