@@ -1,10 +1,13 @@
 """Compile Triton kernels for GPUs on a machine without one: what the interpreter accepts, the compiler may not.
 
+And trace them as Inductor does, which has to see the kernel, and that it writes nothing but its results.
+
 Run as a program, in a process in which Triton's interpreter is not asked for.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +16,13 @@ import torch
 import triton
 from kernelcases import CASES
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import tokcompile  # noqa: F401
+from tokcompile import kernels
 from tokcompile.kernels import _library
 
 ARCHITECTURES = (80, 90)
@@ -54,10 +59,18 @@ class Compiled:
         fixed = {p.name for p in kernel.params if p.is_constexpr}
         fixed |= {name for name, value in given.items() if isinstance(value, int) and value == 1}
         signature = {name: "constexpr" if name in fixed else _type(given[name]) for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, {name: given[name] for name in kernel.arg_names if name in fixed})
+        # As Triton does it for the arguments of a launch: what is a multiple of 16 may be read in wider pieces.
+        wide = [n for n, name in enumerate(kernel.arg_names) if name not in fixed and _multiple(given[name])]
+        aligned = {(n,): [["tt.divisibility", 16]] for n in wide}
+        constants = {name: given[name] for name in kernel.arg_names if name in fixed}
+        source = ASTSource(kernel, signature, constants, aligned)
         for architecture in ARCHITECTURES:
             made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
             assert made.asm["cubin"]
+
+
+def _multiple(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def _type(value: Any) -> str:
@@ -78,9 +91,47 @@ def compile_case(name: str, dtype: torch.dtype) -> None:
     part.launch(*given)
 
 
+class NoDriver:
+    """Stands for a GPU's driver where PyTorch asks what to compile for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", max(ARCHITECTURES), 32)
+
+
+def trace(name: str) -> list[str]:
+    """The calls of a kernel's operator as AOTAutograd hands them to Inductor.
+
+    Raises:
+        RuntimeError: PyTorch takes an argument for changed.
+    """
+    mode = FakeTensorMode()
+    leaves, structure = tree_flatten(list(CASES[name]()))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    with mode:
+        fakes = [
+            torch.empty_strided(leaves[n].size(), leaves[n].stride(), dtype=leaves[n].dtype, device="cuda")
+            for n in places
+        ]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        return tuple(tree_leaves(kernels.kernel_op(name)(*tree_unflatten(given, structure))))
+
+    with mode:
+        graph = aot_export_joint_simple(call, tuple(fakes), trace_joint=False).graph
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
 def main(names: Sequence[str]) -> None:
-    """Compile the kernels of some operators, or of all."""
-    for name in names or sorted(CASES):
+    """Trace and compile the kernels of some operators, or of all."""
+    triton.runtime.driver.set_active(NoDriver())
+    names = names or sorted(CASES)
+    for name in names:
+        seen = set(trace(name))
+        assert seen == {"aten.empty.memory_format", "triton_kernel_wrapper_functional", str(operator.getitem)}, seen
+    for name in names:
         for dtype in (torch.bfloat16, torch.float32):
             compile_case(name, dtype)
         print(name)

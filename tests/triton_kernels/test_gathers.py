@@ -53,7 +53,7 @@ def token_maps(draw):
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(token_maps())
 def test_tokens(case):
     same("gather_tokens", *case)

@@ -1,4 +1,4 @@
-"""Every kernel is compiled for GPUs, on any machine: the interpreter takes what the compiler may not."""
+"""Every kernel is compiled for GPUs, on any machine: what the interpreter takes, the compiler may not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent.parent / "gpucode.py"
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_gpus() -> None:
+def test_inductor_sees_every_kernel_and_it_compiles_for_gpus() -> None:
     ran = subprocess.run(
         [sys.executable, str(SCRIPT)],
         capture_output=True,

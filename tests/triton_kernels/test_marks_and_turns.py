@@ -28,7 +28,7 @@ def runs(seed: int, batch: int, tokens: int) -> torch.Tensor:
     return strided(found.to(torch.get_default_device()), seed % 3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from([1, 9, 40]), st.integers(0, 45), SEEDS)
 def test_slots(tokens, length, seed):
     marked = runs(seed, 3, tokens)
@@ -41,7 +41,7 @@ def test_slots_of_long_rows():
     assert torch.equal(launched("mark_slots", marked, 4700), reference_of("mark_slots")(marked, 4700))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(DTYPES, st.sampled_from([None, (7,), (2, 7), (2, 11, 7)]), st.booleans(), KINDS, SEEDS)
 def test_tokens_of_a_marked_sequence(dtype, shape, wide, kind, seed):
     x = strided(values(seed, 2, 12, 7).to(dtype), kind)
@@ -55,7 +55,7 @@ def test_tokens_of_a_marked_sequence(dtype, shape, wide, kind, seed):
     torch.testing.assert_close(found, wanted, rtol=within, atol=0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     DTYPES,
     st.sampled_from([(8, 3, 1), (8, 4, 0), (80, 16, 40), (6, 1, 4)]),
@@ -96,7 +96,7 @@ def _turned(x, back, frequencies, start, neighbours):
     return out
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     DTYPES,
     DTYPES,

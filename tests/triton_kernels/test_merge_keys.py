@@ -58,7 +58,7 @@ def _turned(x: Tensor, angles: Tensor, neighbours: bool) -> Tensor:
     return out
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([(8, 3), (12, 6), (33, 4)]),

@@ -41,14 +41,14 @@ def budgets(tokens: int) -> st.SearchStrategy[int]:
     return st.integers(0, tokens) | st.sampled_from([0, tokens])
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(TOKENS, DTYPES, SEEDS, st.booleans(), st.data())
 def test_top_k(tokens, dtype, seed, every, data):
     k = data.draw(budgets(tokens))
     same("topk_mask", scores(seed, (2, tokens), dtype), None if every else mask(seed, (2, tokens)), k)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(DTYPES, SEEDS, st.sampled_from([(4, 6, 2, 3), (4, 6, 1, 1), (6, 4, 3, 1), (1, 5, 1, 5)]), st.data())
 def test_windows(dtype, seed, grid, data):
     height, width, rows, columns = grid
@@ -56,7 +56,7 @@ def test_windows(dtype, seed, grid, data):
     same("window_topk_mask", scores(seed, (2, height * width), dtype), *grid, k)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(TOKENS, st.integers(0, 4), SEEDS, st.booleans(), st.data())
 def test_budgets_with_groups_first(tokens, groups, seed, every, data):
     first = [mask(seed + n, (2, tokens)) for n in range(groups)]
@@ -64,7 +64,7 @@ def test_budgets_with_groups_first(tokens, groups, seed, every, data):
     same("fill_mask", first, scores(seed, (2, tokens), torch.float32), among, data.draw(budgets(tokens)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(TOKENS, DTYPES, SEEDS, st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 3), st.data())
 def test_keys_that_stay(tokens, dtype, seed, padded, among, first, last, data):
     masks = [mask(seed + n, (2, tokens)) if given else None for n, given in enumerate((padded, among))]

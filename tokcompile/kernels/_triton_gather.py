@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention
 from ._triton import wrap_triton
 
 TILE = 4096
@@ -95,7 +94,7 @@ def pairs_plan(cache: Tensor, pairs: Tensor) -> Plan:
 
 def mask_plan(mask: Tensor, index: Tensor) -> Plan:
     """The plan of `gather_mask`."""
-    mask = _attention.four_d(mask)
+    mask = mask.view(*[1] * (4 - mask.dim()), *mask.shape)
     (batch, choices, kept), heads = index.shape, mask.shape[1]
     few, shared = (heads, choices // heads) if choices >= heads else (choices, heads // choices)
     own, chosen = _stride(mask, 1), 0 if choices == 1 else index.stride(1)
@@ -201,16 +200,17 @@ def _part(
 ):
     """One tile of a result."""
     across = tl.cdiv(columns, COLUMNS)
-    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # Numbers of rows and tokens fit 32 bits, in which a GPU divides much faster; what they are multiplied by may not.
+    row = (program // across) * ROWS + tl.arange(0, ROWS)
     column = ((program % across) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     here = row < rows
     inside = here[:, None] & (column < columns)[None, :]
-    d3 = row % n3
+    d3 = (row % n3).to(tl.int64)
     rest = row // n3
-    d2 = rest % n2
+    d2 = (rest % n2).to(tl.int64)
     rest = rest // n2
-    d1 = rest % n1
-    d0 = rest // n1
+    d1 = (rest % n1).to(tl.int64)
+    d0 = (rest // n1).to(tl.int64)
     listed = d0 * i0 + d1 * i1 + d2 * i2 + d3 * i3
     start = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
     if ALONG:
@@ -218,13 +218,14 @@ def _part(
     else:
         which = tl.load(index + listed, mask=here, other=0)[:, None]
     if PAIRS:
-        moved = (which // tokens) * head + (which % tokens) * token
+        pair = which.to(tl.int32)
+        moved = (pair // tokens).to(tl.int64) * head + (pair % tokens).to(tl.int64) * token
     else:
         # As the reference has it -1 is the last token. What is out of range must not read other memory.
         which = tl.where(which < 0, which + tokens, which)
         moved = tl.minimum(tl.maximum(which, 0), tokens - 1) * token
     found = tl.load(value + start[:, None] + moved + (column * xc)[None, :], mask=inside)
-    tl.store(out + row[:, None] * columns + column[None, :], found, mask=inside)
+    tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], found, mask=inside)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def launch(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: in
     out = torch.empty((batch, heads, k), dtype=torch.int64, device=scores.device)
     if isinstance(k, int) and k == 0:
         return out
-    real, chosen = (scores[:, 0] if mask is None else mask for mask in (valid, among))
+    real, chosen = (scores.select(1, 0) if mask is None else mask for mask in (valid, among))
     block = select.width(tokens)
     wrap_triton(_keep)[(batch * heads,)](
         scores,

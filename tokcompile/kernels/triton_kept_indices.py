@@ -25,7 +25,9 @@ def launch(keep: Tensor, length: Any) -> Tensor:
     batch, tokens = keep.shape
     out = torch.empty((batch, length), dtype=torch.int64, device=keep.device)
     if not (isinstance(length, int) and length == 0):
-        wrap_triton(_list)[(batch,)](keep, out, keep.stride(0), keep.stride(1), tokens, length, BLOCK=BLOCK)
+        wrap_triton(_list)[(batch,)](
+            keep, out, keep.stride(0), keep.stride(1), tokens, length, BLOCK=BLOCK, num_warps=8
+        )
     return out
 
 

@@ -25,34 +25,41 @@ def launch(runs: Tensor, length: Any) -> Tensor:
     batch, tokens = runs.shape
     out = torch.empty((batch, length), dtype=torch.int64, device=runs.device)
     if not (isinstance(length, int) and length == 0):
-        wrap_triton(_mark)[(batch,)](runs, out, runs.stride(0), runs.stride(1), tokens, length, BLOCK=BLOCK)
+        wrap_triton(_mark)[(batch,)](
+            runs, out, runs.stride(0), runs.stride(1), tokens, length, BLOCK=BLOCK, num_warps=8
+        )
     return out
 
 
 @triton.jit
-def _ends_and_stays(runs, at_row, step, token, tokens):
-    """Which tokens end a run, and which stand in the new sequence."""
-    run = tl.load(runs + at_row + token * step, mask=token < tokens, other=1) != 0
-    after = tl.load(runs + at_row + (token + 1) * step, mask=token + 1 < tokens, other=0) != 0
-    ends = run & (after == 0) & (token < tokens)
-    return ends, ends | (run == 0)
+def _kinds(run, after, inside):
+    """2 for a token that ends a run, 1 for one outside of runs, 0 for one that leaves.
+
+    Takes what was loaded: through a call that loads, PyTorch does not see that nothing of the arguments is written.
+    """
+    ends = (run != 0) & (after == 0)
+    return tl.where(inside, tl.where(ends, 2, tl.where(run != 0, 0, 1)), 0)
 
 
 @triton.jit
 def _mark(runs, out, runs_row, runs_token, tokens, length, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    begins = runs + row * runs_row
     count = tl.zeros([], dtype=tl.int64)
     for begin in range(0, tokens, BLOCK):
         token = begin + tl.arange(0, BLOCK).to(tl.int64)
-        _, stays = _ends_and_stays(runs, row * runs_row, runs_token, token, tokens)
-        count += tl.sum(stays.to(tl.int64))
+        run = tl.load(begins + token * runs_token, mask=token < tokens, other=0)
+        after = tl.load(begins + (token + 1) * runs_token, mask=token + 1 < tokens, other=0)
+        count += tl.sum((_kinds(run, after, token < tokens) > 0).to(tl.int64))
     spare = length - count
     for begin in range(0, tokens, BLOCK):
         token = begin + tl.arange(0, BLOCK).to(tl.int64)
-        ends, stays = _ends_and_stays(runs, row * runs_row, runs_token, token, tokens)
-        slot = spare + tl.cumsum(stays.to(tl.int64), 0) - 1
-        tl.store(out + row * length + slot, tl.where(ends, -2 - token, token), mask=stays & (slot >= 0))
-        spare += tl.sum(stays.to(tl.int64))
+        run = tl.load(begins + token * runs_token, mask=token < tokens, other=0)
+        after = tl.load(begins + (token + 1) * runs_token, mask=token + 1 < tokens, other=0)
+        kinds = _kinds(run, after, token < tokens)
+        slot = spare + tl.cumsum((kinds > 0).to(tl.int64), 0) - 1
+        tl.store(out + row * length + slot, tl.where(kinds == 2, -2 - token, token), mask=(kinds > 0) & (slot >= 0))
+        spare += tl.sum((kinds > 0).to(tl.int64))
     for begin in range(0, length, BLOCK):
         slot = begin + tl.arange(0, BLOCK).to(tl.int64)
         tl.store(out + row * length + slot, slot * 0 - 1, mask=slot < length - count)

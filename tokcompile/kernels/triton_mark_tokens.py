@@ -76,9 +76,10 @@ def _fill(
     COLUMNS: tl.constexpr,
 ):
     across = tl.cdiv(width, COLUMNS)
-    place = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # 32 bits hold them, and a GPU divides in these much faster.
+    place = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    row, slot = place // length, place % length
+    row, slot = (place // length).to(tl.int64), (place % length).to(tl.int64)
     inside = (place < rows)[:, None] & (column < width)[None, :]
     held = tl.load(slots + row * slots_row + slot * slots_slot, mask=place < rows, other=-1)
     old = held >= 0
@@ -89,4 +90,4 @@ def _fill(
         address = content + (row * content_row + slot * content_slot)[:, None] + (column * content_column)[None, :]
         made = tl.load(address, mask=inside & (held < -1)[:, None], other=0).to(found.dtype)
         found = tl.where(old[:, None], found, made)
-    tl.store(out + place[:, None] * width + column[None, :], found, mask=inside)
+    tl.store(out + place.to(tl.int64)[:, None] * width + column[None, :], found, mask=inside)

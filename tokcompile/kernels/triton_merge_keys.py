@@ -1,7 +1,8 @@
 """The Triton part of merge_keys: a program for some of the tokens of a head that stay, over all that go into them.
 
 A merge is a product of [k, T] weights, which exist in registers only, with [T, D] keys: added up in one order, so that
-every run gives the same. Blocks of tokens of which none goes into these are left out, but for their classes.
+every run gives the same. Tensor cores do it, each float32 as the sum of narrower parts. Blocks of tokens of which none
+goes into these are left out, but for their classes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def launch(
         TURN=plain is not None,
         NEIGHBOURS=neighbours,
         SLOTS=slots,
-        TOKENS=64,
+        TOKENS=32,
         COLUMNS=columns,
     )
     return out
@@ -153,10 +154,10 @@ def _merge(
             used = (real & (goes > 0))[:, None]
             at = whole + row * whole_0 + head * whole_1 + token[:, None] * whole_2
             x = tl.load(at + column[None, :] * whole_3, mask=used & (column < width)[None, :], other=0)
-            sums += tl.dot(share, x.to(tl.float32), input_precision="ieee")
+            sums += tl.dot(share, x.to(tl.float32), input_precision="tf32x3")
             if TURN:
                 x = tl.load(at + partner[None, :] * whole_3, mask=used & (column < turned)[None, :], other=0)
-                others += tl.dot(share, x.to(tl.float32), input_precision="ieee")
+                others += tl.dot(share, x.to(tl.float32), input_precision="tf32x3")
     inside = here[:, None] & (column < width)[None, :]
     by = tl.where(total > 0, total, 1.0)[:, None]
     means = sums / by

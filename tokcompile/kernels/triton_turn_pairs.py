@@ -65,7 +65,7 @@ def launch(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: i
 
 def _strides(positions: Tensor) -> tuple[Any, Any, Any]:
     """Of rows, heads and tokens; 0 where one stands for all."""
-    positions = positions[:, None] if positions.dim() == 2 else positions
+    positions = positions.unsqueeze(1) if positions.dim() == 2 else positions
     own = [0 if positions.shape[d] == 1 else positions.stride(d) for d in (0, 1)]
     return own[0], own[1], positions.stride(2)
 
