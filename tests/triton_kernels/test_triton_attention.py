@@ -64,6 +64,7 @@ def attentions(draw: Any) -> dict[str, Any]:
         "sinks": draw(st.sampled_from([None, (shared * group,), (batch, shared * group)])),
         "few": draw(st.booleans()),
         "part": draw(st.sampled_from([16, 256])),
+        "kept": draw(st.booleans()),
     }
 
 
@@ -72,6 +73,7 @@ def _restored() -> Iterator[None]:
     """Put back what `prepared` sets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triton_columns, "FEW_ROWS", _triton_columns.FEW_ROWS)
+        patch.setattr(_triton_columns, "_is_worth_keeping", _triton_columns._is_worth_keeping)
         patch.setattr(_triton_tiles, "LEAST_PART", _triton_tiles.LEAST_PART)
         yield
 
@@ -80,7 +82,8 @@ def prepared(case: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """The arguments that all operators share, and float64 probabilities. Sets how work is cut."""
     case = dict(case)
     _triton_columns.FEW_ROWS = 64 if case.pop("few") else 0
-    _triton_tiles.LEAST_PART = case.pop("part")
+    _triton_tiles.LEAST_PART, kept = case.pop("part"), case.pop("kept")
+    _triton_columns._is_worth_keeping = lambda site: kept
     case["sinks"] = None if case["sinks"] is None else torch.randn(case["sinks"])
     names = ("query", "key", "mask", "is_causal", "softcap", "sinks")
     query, key, mask, is_causal, softcap, sinks = (case[name] for name in names)

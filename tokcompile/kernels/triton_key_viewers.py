@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _attention, _triton_columns, _triton_tiles
 from ._triton import wrap_triton
-from ._triton_columns import rows_at
+from ._triton_column_passes import rows_at
 from .key_attention import last_places
 from .key_viewers import check
 
