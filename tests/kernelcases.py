@@ -30,6 +30,10 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
         0.0,
         None,
     ),
+    "attend_chosen": lambda: (
+        *(made(0, 2, 4, 1, 8), made(1, 2, 2, 20, 8), made(2, 2, 2, 20, 8), bools(2, 1, 1, 20), places(20, 2, 2, 7)),
+        *(0.5, 0.0, None),
+    ),
     "attention_received": lambda: (
         *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 1, 20), bools(2, 20)),
         *(0.5, True, 0.0, "mean", "mean", made(2, 4)),
@@ -75,4 +79,4 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 def all_names() -> set[str]:
     """The operators with kernels, and the kernels of several."""
-    return {*kernels.kernel_names(), "gather_many"}
+    return {*kernels.kernel_names(), "attend_chosen", "gather_many"}

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokcompile import kernels
 from tokcompile.errors import LowerError, known
+from tokcompile.fuseattends import fuse_attends
 from tokcompile.groupgathers import group_gathers
 from tokcompile.kernels import _triton
 
@@ -128,6 +129,8 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
     nodes = [node for node in _operators(gm) if node.name in chosen]
     if not nodes:
         return choices
+    fuse_attends(gm.graph, nodes)
+    nodes = [node for node in nodes if not node._erased]
     group_gathers(gm.graph, nodes)
     for node in nodes:
         if not node._erased:

@@ -61,14 +61,15 @@ def _group(graph: Graph, first: Node, others: Sequence[Node]) -> list[Node]:
     if not others:
         return group
     order = {node: place for place, node in enumerate(graph.nodes)}
-    changes = [place for node, place in order.items() if _changes_a_value(node)]
+    changes = [place for node, place in order.items() if changes_a_value(node)]
     for node in others:
         if len(group) < MOST and _fits([*group, node], order, changes):
             group.append(node)
     return group
 
 
-def _changes_a_value(node: Node) -> bool:
+def changes_a_value(node: Node) -> bool:
+    """Whether a call writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 

@@ -137,7 +137,7 @@ def names(asked: Sequence[str]) -> list[str]:
     Raises:
         LowerError: one that is asked for has no kernel.
     """
-    every = [*kernels.kernel_names(), "gather_many"]
+    every = [*kernels.kernel_names(), "attend_chosen", "gather_many"]
     for name in asked:
         if name not in every:
             raise LowerError(f"operator '{name}' has no kernel", remedy=known(name, every))

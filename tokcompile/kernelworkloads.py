@@ -171,6 +171,13 @@ def _attend(m: Maker) -> tuple[Any, ...]:
     return query, key, key.flip(2), None, HEAD**-0.5, 0.0, None
 
 
+def _attend_chosen(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the keys."""
+    query, key = _site(Maker(m.device, m.dtype, 2 * m.size), 1)
+    index = m.chosen(key.shape[2], 1, HEADS, key.shape[2] // 4)
+    return query, key, key.flip(2), None, index, HEAD**-0.5, 0.0, None
+
+
 def _votes(m: Maker) -> tuple[Any, ...]:
     query, key = _site(m, 1)
     return query[:, :, 0].float(), key, None, 4, 64
@@ -208,6 +215,7 @@ def _merge_pairs(m: Maker) -> tuple[Any, ...]:
 ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
     "attend": Workload(_attend, _all),
+    "attend_chosen": Workload(_attend_chosen, lambda args, results: held(args[1]) // 2 + held(args[4], *results)),
     "attention_received": Workload(_received, _all),
     "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
     "fill_mask": Workload(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import launched, launched_by_name, poisoned
+from launched import launched, launched_by_name
 from torch import Tensor
 
-from tokcompile.kernels import _triton_attend, _triton_tiles, kernel_fault
+from tokcompile.kernels import _triton_tiles, kernel_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -93,8 +93,7 @@ def test_listed_keys_are_read_where_they_are(case: dict[str, Any], data: Any) ->
     index = torch.rand(batch, choices, keys).argsort(2)[:, :, :count]
     if data.draw(st.booleans()):
         index = index.transpose(1, 2).contiguous().transpose(1, 2)
-    with poisoned():
-        got = _triton_attend.attended(**case, index=index)
+    got = launched("attend_chosen", *list(case.values())[:4], index, *list(case.values())[4:])
     planes = max(choices, shared)
     spread = index.expand(batch, planes, count) if choices == 1 else index
     gathered = dict(case)
