@@ -95,7 +95,7 @@ def check(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(attentions(), HEADS, st.sampled_from(["sum", "mean"]), st.sampled_from(["all", "some", "none", "last"]))
 def test_received(case: dict[str, Any], heads: str, reduce: str, which: str) -> None:
     arguments, p = prepared(case)
@@ -123,7 +123,7 @@ def last_rows(valid: Tensor | None, batch: int, queries: int, window: int) -> Te
     return real & ((real.flip(1).cumsum(1).flip(1) <= window) | (window == 0))
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(attentions(), HEADS, st.sampled_from(["sum", "mean", "seen"]), st.sampled_from([0, 1, 5, 40]), st.data())
 def test_key_attention_and_viewers(case: dict[str, Any], heads: str, reduce: str, window: int, data: Any) -> None:
     arguments, p = prepared(case)

@@ -24,14 +24,14 @@ def _merged(
     pid = tl.program_id(0)
     b, slot = (pid // slots).to(tl.int64), pid % slots
     column = tl.program_id(1) * BROAD + tl.arange(0, BROAD)
-    inside = column < width
+    inside, across = column < width, column.to(tl.int64) * x_width
     x += b * x_batch
     size += b * s_batch
     token = tl.load(source + b * slots + slot)
     weight = 1.0
     if SIZED:
         weight = tl.load(size + token * s_token).to(tl.float32)
-    total = tl.load(x + token * x_token + column * x_width, mask=inside, other=0.0).to(tl.float32) * weight
+    total = tl.load(x + token * x_token + across, mask=inside, other=0.0).to(tl.float32) * weight
     whole = weight + tl.zeros([BROAD], tl.float32)
     begin, end = tl.load(bounds + b * (slots + 1) + slot), tl.load(bounds + b * (slots + 1) + slot + 1)
     for i in range(begin, end):
@@ -39,7 +39,7 @@ def _merged(
         share = 1.0
         if SIZED:
             share = tl.load(size + other * s_token).to(tl.float32)
-        total += tl.load(x + other * x_token + column * x_width, mask=inside, other=0.0).to(tl.float32) * share
+        total += tl.load(x + other * x_token + across, mask=inside, other=0.0).to(tl.float32) * share
         whole += share
     if MEAN:
         total = total / whole
