@@ -173,6 +173,8 @@ def _decide(node: Node, how: str, table: Measured) -> tuple[bool, str]:
 
 
 def _device_fault(tensors: list[torch.Tensor], how: str) -> str | None:
+    if torch.version.hip:
+        return "kernels are written for NVIDIA's GPUs, and this build of torch is for AMD's"
     found = sorted({each.device.type for each in tensors})
     if found == ["cuda"] or (how == "on" and found == ["cpu"] and _triton.interpreted()):
         return None
