@@ -8,8 +8,14 @@ from collections.abc import Iterator
 # Before transformers is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
 import torch
+
+# Before Triton is imported, which Inductor does: without a GPU, Triton's interpreter runs the kernels. Inductor's own
+# code for CPUs is C++ and compiled as ever.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
 import unloaded
 from hypothesis import settings
 

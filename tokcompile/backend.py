@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from tokcompile.applied import Applied
 from tokcompile.capture import from_dynamo
 from tokcompile.carried import carry
+from tokcompile.choosekernels import Choice
 from tokcompile.dynamo import prepare
 from tokcompile.errors import EditError, RuleError, TokredError
 from tokcompile.lower import TARGETS, lower
@@ -31,10 +32,16 @@ prepare()
 
 
 class Report:
-    """Collects what was done to each graph: give one as `options={"report": report}`."""
+    """Collects what was done to each graph: give one as `options={"report": report}`.
+
+    Attributes:
+        graphs: for each graph what each rule did.
+        kernels: for each graph what runs each `tokred::` operator, and why; empty for targets that choose no kernels.
+    """
 
     def __init__(self) -> None:
         self.graphs: list[list[Applied]] = []
+        self.kernels: list[list[Choice]] = []
 
 
 def tokred(
@@ -75,8 +82,10 @@ def tokred(
     except TokredError as error:
         raise error.inside(pieces.explain()) if pieces.split else error from None
     _check_masks(program, applied, options.get("masks"))
+    choices: list[Choice] = []
     if options.get("report") is not None:
         options["report"].graphs.append(applied)
+        options["report"].kernels.append(choices)
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compiled: compiled  # noqa: E731
     outer = carry(program)
     if isinstance(options.get("replay"), Recording) and applied[0].phase == "prefill":
@@ -84,7 +93,7 @@ def tokred(
     if isinstance(options.get("record"), Recording) and applied[0].phase == "prefill":
         wrap = record(program, options["record"])
     example_inputs = [*example_inputs, *(node.meta["val"] for node in program.taken.values())]
-    return outer(wrap(lower(program.gm, example_inputs, options.get("target", "inductor"))))
+    return outer(wrap(lower(program.gm, example_inputs, options.get("target", "inductor"), choices)))
 
 
 def _weights(given: Any) -> Weights:

@@ -378,7 +378,7 @@ def _commas(words: list[str] | None) -> tuple[str, ...]:
     return tuple(part.strip() for word in words or () for part in word.split(",") if part.strip())
 
 
-from tokcompile import cli_export  # noqa: E402, F401  adds its commands
+from tokcompile import cli_bench, cli_export  # noqa: E402, F401  add their commands
 
 
 def main() -> None:

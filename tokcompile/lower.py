@@ -1,7 +1,8 @@
 """Give a rewritten graph to a target's compiler.
 
 The `tokred::` operators carry their references as composite implementations: AOTAutograd, and so Inductor, sees the
-ATen operators that they are made of and fuses across them.
+ATen operators that they are made of and fuses across them. Where a Triton kernel is chosen (`choosekernels.py`),
+Inductor sees that kernel.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from torch.fx import GraphModule
 
 import tokcompile.kernels
+from tokcompile.choosekernels import Choice, choose_kernels, tag
 from tokcompile.errors import LowerError, known
 from tokcompile.rowproducts import reduce_row_products
 
 
 @functools.cache
 def operators_tag() -> str:
-    """Hash of the sources of all operators.
+    """Hash of the sources of all operators and of their kernels.
 
     PyTorch's compile caches know an operator by its name only: without this in their keys, code compiled with an older
     reference of an operator would be used after an upgrade.
@@ -34,29 +36,33 @@ def operators_tag() -> str:
     return f"tokred-{digest.hexdigest()[:16]}"
 
 
-def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(gm: GraphModule, example_inputs: Sequence[Any], choices: list[Choice]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     reduce_row_products(gm)
-    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + operators_tag()):
+    choices += choose_kernels(gm)
+    key = f"{torch.compiler.config.cache_key_tag}{operators_tag()}-{tag()}"
+    with torch.compiler.config.patch(cache_key_tag=key):
         return compile_fx(gm, list(example_inputs))
 
 
-def _aot_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _aot_eager(gm: GraphModule, example_inputs: Sequence[Any], choices: list[Choice]) -> Callable[..., Any]:
     from torch._dynamo.backends.debugging import aot_eager
 
+    del choices
     return aot_eager(gm, list(example_inputs))
 
 
-def _eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    del example_inputs
+def _eager(gm: GraphModule, example_inputs: Sequence[Any], choices: list[Choice]) -> Callable[..., Any]:
+    del example_inputs, choices
     return gm.forward
 
 
-def _brought(package: str, module: str, backend: str) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+def _brought(package: str, module: str, backend: str) -> Callable[[GraphModule, Sequence[Any], list[Choice]], Any]:
     """A compiler of another package, which registers a backend of torch.compile when it is imported."""
 
-    def compiled(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled(gm: GraphModule, example_inputs: Sequence[Any], choices: list[Choice]) -> Callable[..., Any]:
+        del choices
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -70,7 +76,7 @@ def _brought(package: str, module: str, backend: str) -> Callable[[GraphModule, 
     return compiled
 
 
-TARGETS: dict[str, Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]] = {
+TARGETS: dict[str, Callable[[GraphModule, Sequence[Any], list[Choice]], Callable[..., Any]]] = {
     "inductor": _inductor,
     "aot_eager": _aot_eager,
     "eager": _eager,
@@ -78,17 +84,21 @@ TARGETS: dict[str, Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]] =
 }
 
 
-def lower(gm: GraphModule, example_inputs: Sequence[Any], target: str) -> Callable[..., Any]:
+def lower(
+    gm: GraphModule, example_inputs: Sequence[Any], target: str, choices: list[Choice] | None = None
+) -> Callable[..., Any]:
     """Compile a rewritten graph.
 
     Args:
         gm: the rewritten graph module.
         example_inputs: what Dynamo handed over beside the graph.
-        target: `inductor`, `aot_eager` or `eager`; `tensorrt` where torch_tensorrt is installed.
+        target: `inductor`, `aot_eager` or `eager`; `tensorrt` where torch_tensorrt is installed. Kernels are chosen for
+            Inductor alone; the others run references.
+        choices: gets what was chosen for each `tokred::` operator.
 
     Raises:
-        LowerError: the target is not known, or its package cannot be imported.
+        LowerError: the target is not known, or its package cannot be imported; a setting of kernels is wrong.
     """
     if target not in TARGETS:
         raise LowerError(f"unknown target '{target}'", remedy=known(target, TARGETS))
-    return TARGETS[target](gm, example_inputs)
+    return TARGETS[target](gm, example_inputs, [] if choices is None else choices)

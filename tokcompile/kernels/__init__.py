@@ -5,7 +5,8 @@ from __future__ import annotations
 if __name__ == "tokcompile.kernels":
     # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
     # repository is on the path: nothing is registered then.
-    from ._library import define, names, reference_of
+    from . import attend_chosen, gather_many  # noqa: F401  kernels of several ops
+    from ._library import define, kernel_fault, kernel_names, kernel_op, names, reference_of
     from .add_tokens import add_tokens
     from .alike import alike
     from .assign_keys import assign_keys
@@ -134,6 +135,9 @@ __all__ = [
     "keep_keys",
     "keep_pairs",
     "kept_indices",
+    "kernel_fault",
+    "kernel_names",
+    "kernel_op",
     "key_attention",
     "key_viewers",
     "key_cosine",

@@ -3,14 +3,20 @@
 An op has one implementation, its reference in plain torch ops, registered as CompositeImplicitAutograd. So eager, fake
 tensors, symbolic shapes, autograd and Inductor all follow from the reference, while a pre-dispatch trace and
 torch.export keep the op as one node `torch.ops.tokred.NAME.default`.
+
+An op may have a Triton kernel beside its reference, in a module that is imported only when it is asked for: `kernel_op`
+gives it as `torch.ops.tokred_triton.NAME.default`, with the same arguments and results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
+
+from . import _triton
 
 NAMESPACE = "tokred"
 
@@ -19,14 +25,18 @@ NAMESPACE = "tokred"
 _library: torch.library.Library = globals().get("_library") or torch.library.Library(NAMESPACE, "FRAGMENT")
 _references: dict[str, Callable[..., torch.Tensor]] = globals().get("_references") or {}
 _schemas: dict[str, str] = globals().get("_schemas") or {}
+# By the name of an op: the module of its Triton kernel, and what `kernel_op` made of it.
+_parts: dict[str, str] = globals().get("_parts") or {}
+_kernels: dict[str, _triton.Kernel] = globals().get("_kernels") or {}
 
 
-def define(schema: str, reference: Callable[..., torch.Tensor]) -> Any:
+def define(schema: str, reference: Callable[..., torch.Tensor], *, triton: str = "") -> Any:
     """Register `tokred::NAME` with `reference` as its implementation and return its OpOverload.
 
     Args:
         schema: ATen schema without the namespace, e.g. `"last_valid(Tensor padding_mask) -> Tensor"`.
         reference: plain torch ops; no data-dependent shapes, no `.item()`, no in-place change of an argument.
+        triton: the module of its Triton kernel: a name in this folder, or a whole one with dots; see `_triton`.
 
     Defining a name again with the same schema (a module reload) swaps the reference and keeps the op.
 
@@ -42,16 +52,76 @@ def define(schema: str, reference: Callable[..., torch.Tensor]) -> Any:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, lambda *args, **kwargs: _references[name](*args, **kwargs), "CompositeImplicitAutograd")
         _schemas[name] = schema
+    if triton:
+        _parts[name] = triton
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def reference_of(name: str) -> Callable[..., torch.Tensor]:
     """The reference implementation of `tokred::name`. Raises KeyError, naming the known ops, when there is none."""
     if name not in _references:
-        raise KeyError(f"no op tokred::{name}; known: {', '.join(sorted(_references))}")
+        raise KeyError(f"no op tokred::{name}; known: {', '.join(names())}")
     return _references[name]
 
 
 def names() -> tuple[str, ...]:
     """All registered ops, sorted."""
-    return tuple(sorted(_references))
+    return tuple(sorted(name for name in _references if not name.startswith(_HIDDEN)))
+
+
+def define_kernel(schema: str, reference: Callable[..., Any], *, triton: str) -> None:
+    """Bring a kernel that stands for several ops at once, which no pass inserts: it has no `tokred::` op.
+
+    Arguments as for `define`.
+    """
+    name = schema.partition("(")[0].strip()
+    _references[_hidden(name)], _schemas[_hidden(name)], _parts[_hidden(name)] = reference, schema, triton
+
+
+def kernel_names() -> tuple[str, ...]:
+    """The ops that have a Triton kernel, sorted. Triton need not be installed."""
+    return tuple(sorted(name for name in _parts if name in _schemas and not name.startswith(_HIDDEN)))
+
+
+def kernel_fault(name: str, args: Sequence[Any]) -> str | None:
+    """Why the kernel of an op cannot run on these arguments, real or fake ones; None when it can."""
+    missing = _triton.missing()
+    return missing or _part(name).supports(*args)
+
+
+def kernel_op(name: str) -> Any:
+    """The OpOverload of `tokred_triton::name`, registered at the first call.
+
+    Raises:
+        KeyError: there is no such kernel. ImportError: Triton is not installed.
+    """
+    key = _key(name)
+    if key not in _kernels:
+        # By the name, and not the function: a reload swaps references.
+        own = lambda *args: _references[key](*args)  # noqa: E731
+        _kernels[key] = _triton.register(_schemas[key], own, _part(name).launch)
+    return _kernels[key].op
+
+
+def kernel_reference(name: str) -> Callable[..., Any]:
+    """What a kernel must equal. Raises KeyError: there is no such kernel."""
+    return _references[_key(name)]
+
+
+_HIDDEN = "_"
+
+
+def _hidden(name: str) -> str:
+    return f"{_HIDDEN}{name}"
+
+
+def _key(name: str) -> str:
+    for key in (name, _hidden(name)):
+        if key in _parts:
+            return key
+    raise KeyError(f"no kernel of tokred::{name}; there are: {', '.join(kernel_names())}")
+
+
+def _part(name: str) -> Any:
+    module = _parts[_key(name)]
+    return import_module(module if "." in module else f"{__package__}.{module}")

@@ -34,9 +34,8 @@ def reference(
     Raises:
         ValueError: numbers of heads that do not divide each other.
     """
+    check(query, key, mask)
     heads = query.shape[1]
-    if heads % key.shape[1] or (mask is not None and heads % mask.shape[1]):
-        raise ValueError(f"{heads} query heads do not divide among {key.shape[1]} heads of keys, or those of the mask")
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat_interleave(heads // mask.shape[1], 1)
@@ -49,8 +48,16 @@ def reference(
     return (weights * share).to(value.dtype) @ value
 
 
+def check(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Refuse numbers of heads that do not divide each other. Raises ValueError."""
+    heads = query.shape[1]
+    if heads % key.shape[1] or (mask is not None and heads % mask.shape[1]):
+        raise ValueError(f"{heads} query heads do not divide among {key.shape[1]} heads of keys, or those of the mask")
+
+
 attend = _library.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, Tensor? sinks=None) "
     "-> Tensor",
     reference,
+    triton="triton_attend",
 )

@@ -9,6 +9,8 @@ reduction. All heads in one batch was no faster, and takes the memory that this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,13 +51,29 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads` or `reduce`.
     """
+
+    def columns(hidden: Tensor | None) -> Tensor:
+        return _columns.over_heads(query, key, hidden, rows, scale, is_causal, softcap, heads, sinks, 1)
+
+    return reduced(columns, query, key, mask, rows, heads, reduce)
+
+
+def reduced(
+    columns: Callable[[Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    heads: str,
+    reduce: str,
+) -> Tensor:
+    """Check the arguments, and finish what `columns` sums up: float32 [B, 1, Tk] of a four-dimensional mask."""
     _attention.check(query, key, mask, heads)
     if reduce not in REDUCE:
         raise ValueError(f"reduce must be one of {', '.join(REDUCE)}, not {reduce!r}")
     if rows is not None and (rows.dim() != 2 or rows.dtype != torch.bool):
         raise ValueError(f"rows must be bool [B, Tq], not {rows.dtype} {list(rows.shape)}")
-    hidden = None if mask is None else _attention.four_d(mask)
-    total = _columns.over_heads(query, key, hidden, rows, scale, is_causal, softcap, heads, sinks, 1).squeeze(1)
+    total = columns(None if mask is None else _attention.four_d(mask)).squeeze(1)
     if reduce == "sum":
         return total
     return total / (query.shape[2] if rows is None else rows.sum(1, keepdim=True).clamp(min=1))
@@ -65,4 +83,5 @@ attention_received = _library.define(
     "attention_received(Tensor query, Tensor key, Tensor? mask, Tensor? rows, float scale, bool is_causal, "
     "float softcap, str heads, str reduce, Tensor? sinks=None) -> Tensor",
     reference,
+    triton="triton_attention_received",
 )

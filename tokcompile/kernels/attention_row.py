@@ -38,9 +38,7 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads`.
     """
-    group = _attention.check(query, key, mask, heads)
-    if index.dim() != 1:
-        raise ValueError(f"index must be int64 [B], not {list(index.shape)}")
+    group = check(query, key, mask, index, heads)
     batch, count, _, depth = query.shape
     tokens = key.shape[2]
     where = index.view(batch, 1, 1, 1)
@@ -54,6 +52,14 @@ def reference(
         _attention.adjust(logits, seen, causal, softcap), None if sink is None else sink[:, :, None]
     )
     return _over_heads(weights * factor, heads)
+
+
+def check(query: Tensor, key: Tensor, mask: Tensor | None, index: Tensor, heads: str) -> int:
+    """Validate the arguments and return how many query heads share one key head. Raises ValueError."""
+    group = _attention.check(query, key, mask, heads)
+    if index.dim() != 1:
+        raise ValueError(f"index must be int64 [B], not {list(index.shape)}")
+    return group
 
 
 def _mask_row(mask: Tensor, where: Tensor) -> Tensor:
@@ -75,4 +81,5 @@ attention_row = _library.define(
     "attention_row(Tensor query, Tensor key, Tensor? mask, Tensor index, float scale, bool is_causal, "
     "float softcap, str heads, Tensor? sinks=None) -> Tensor",
     reference,
+    triton="triton_attention_row",
 )

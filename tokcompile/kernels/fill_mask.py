@@ -34,4 +34,6 @@ def reference(first: list[Tensor], scores: Tensor, among: Tensor | None, k: int)
     return _order.largest(_order.pack(classes, scores, classes > 0), k)
 
 
-fill_mask = _library.define("fill_mask(Tensor[] first, Tensor scores, Tensor? among, SymInt k) -> Tensor", reference)
+fill_mask = _library.define(
+    "fill_mask(Tensor[] first, Tensor scores, Tensor? among, SymInt k) -> Tensor", reference, triton="triton_fill_mask"
+)

@@ -45,4 +45,6 @@ def _fault(cache: Tensor, index: Tensor) -> str:
     )
 
 
-gather_keys = _library.define("gather_keys(Tensor cache, Tensor index) -> Tensor", reference)
+gather_keys = _library.define(
+    "gather_keys(Tensor cache, Tensor index) -> Tensor", reference, triton="triton_gather_keys"
+)

@@ -35,4 +35,6 @@ def reference(mask: Tensor, index: Tensor) -> Tensor:
     return whole.gather(3, index[:, :, None].expand(batch, heads, mask.shape[2], chosen))
 
 
-gather_mask = _library.define("gather_mask(Tensor mask, Tensor index) -> Tensor", reference)
+gather_mask = _library.define(
+    "gather_mask(Tensor mask, Tensor index) -> Tensor", reference, triton="triton_gather_mask"
+)

@@ -31,4 +31,6 @@ def reference(cache: Tensor, pairs: Tensor) -> Tensor:
     return cache[rows, pairs // cache.shape[2], pairs % cache.shape[2]].contiguous()
 
 
-gather_pairs = _library.define("gather_pairs(Tensor cache, Tensor pairs) -> Tensor", reference)
+gather_pairs = _library.define(
+    "gather_pairs(Tensor cache, Tensor pairs) -> Tensor", reference, triton="triton_gather_pairs"
+)

@@ -45,4 +45,6 @@ def reference(x: Tensor, source: Tensor, dim: int, batch_dim: int) -> Tensor:
     return x.gather(dim, index.reshape(at).expand(shape))
 
 
-gather_tokens = _library.define("gather_tokens(Tensor x, Tensor source, int dim, int batch_dim) -> Tensor", reference)
+gather_tokens = _library.define(
+    "gather_tokens(Tensor x, Tensor source, int dim, int batch_dim) -> Tensor", reference, triton="triton_gather_tokens"
+)

@@ -53,5 +53,7 @@ def classes_of(scores: Tensor, valid: Tensor | None, among: Tensor | None, first
 
 
 keep_keys = _library.define(
-    "keep_keys(Tensor scores, Tensor? valid, Tensor? among, int first, SymInt last, SymInt k) -> Tensor", reference
+    "keep_keys(Tensor scores, Tensor? valid, Tensor? among, int first, SymInt last, SymInt k) -> Tensor",
+    reference,
+    triton="triton_keep_keys",
 )

@@ -33,4 +33,6 @@ def reference(keep: Tensor, length: int) -> Tensor:
     return last.expand(batch, tokens + 1).scatter(1, slot, index)[:, :length].contiguous()
 
 
-kept_indices = _library.define("kept_indices(Tensor keep, SymInt length) -> Tensor", reference)
+kept_indices = _library.define(
+    "kept_indices(Tensor keep, SymInt length) -> Tensor", reference, triton="triton_kept_indices"
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _attention, _columns, _library
@@ -47,8 +48,7 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads` or `reduce`, a negative window.
     """
-    _attention.check(query, key, mask, heads)
-    _check(query, valid, window, cache_heads, reduce)
+    check(query, key, mask, valid, window, cache_heads, heads, reduce)
     hidden = None if mask is None else _attention.four_d(mask)
     rows = valid
     if window:
@@ -63,7 +63,18 @@ def reference(
     return out / seeing(counted, key.shape[2], hidden, is_causal).clamp(min=1)[:, None]
 
 
-def _check(query: Tensor, valid: Tensor | None, window: int, cache_heads: int, reduce: str) -> None:
+def check(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    valid: Tensor | None,
+    window: int,
+    cache_heads: int,
+    heads: str,
+    reduce: str,
+) -> None:
+    """Refuse arguments of the operator that do not fit. Raises ValueError."""
+    _attention.check(query, key, mask, heads)
     if reduce not in REDUCE:
         raise ValueError(f"reduce must be one of {', '.join(REDUCE)}, not {reduce!r}")
     if valid is not None and (valid.dim() != 2 or valid.dtype != torch.bool):
@@ -120,7 +131,8 @@ def seeing(counted: Tensor, keys: int, hidden: Tensor | None, is_causal: bool) -
     if hidden is None and not is_causal:
         return rows.sum(1, keepdim=True).expand(-1, keys)
     if hidden is None:
-        return rows.flip(1).cumsum(1).flip(1)
+        # Later rows, of as many keys as there are: no row sees a key after the last row.
+        return F.pad(rows.flip(1).cumsum(1).flip(1), (0, keys - rows.shape[1]))
     plane = hidden[:, 0]
     seen = plane if plane.dtype == torch.bool else plane > _attention.LOWEST / 2
     if is_causal:
@@ -134,4 +146,5 @@ key_attention = _library.define(
     "key_attention(Tensor query, Tensor key, Tensor? mask, Tensor? valid, int window, int cache_heads, float scale, "
     "bool is_causal, float softcap, str heads, str reduce, Tensor? sinks=None) -> Tensor",
     reference,
+    triton="triton_key_attention",
 )

@@ -25,9 +25,7 @@ def reference(
     Raises:
         ValueError: shapes that do not fit.
     """
-    _attention.check(query, key, mask, "mean")
-    if valid is not None and (valid.dim() != 2 or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool [B, Tq], not {valid.dtype} {list(valid.shape)}")
+    check(query, key, mask, valid)
     hidden = None if mask is None else _attention.four_d(mask)
     if window:
         query, hidden, valid = windowed(query, key.shape[2], hidden, valid, window, is_causal)
@@ -36,7 +34,15 @@ def reference(
     return seeing(counted, key.shape[2], hidden, is_causal).expand(query.shape[0], key.shape[2]).contiguous()
 
 
+def check(query: Tensor, key: Tensor, mask: Tensor | None, valid: Tensor | None) -> None:
+    """Refuse arguments of the operator that do not fit. Raises ValueError."""
+    _attention.check(query, key, mask, "mean")
+    if valid is not None and (valid.dim() != 2 or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool [B, Tq], not {valid.dtype} {list(valid.shape)}")
+
+
 key_viewers = _library.define(
     "key_viewers(Tensor query, Tensor key, Tensor? mask, Tensor? valid, int window, bool is_causal) -> Tensor",
     reference,
+    triton="triton_key_viewers",
 )

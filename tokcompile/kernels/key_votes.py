@@ -26,10 +26,7 @@ def reference(query: Tensor, key: Tensor, valid: Tensor | None, first: int, last
     Raises:
         ValueError: shapes that do not fit.
     """
-    if query.dim() != 3 or key.dim() != 4 or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[3]:
-        raise ValueError(
-            f"query and key must be [B, H, D] and [B, Hkv, N, D], not {list(query.shape)} and {list(key.shape)}"
-        )
+    check(query, key)
     batch, heads, tokens, width = key.shape
     grouped = query.to(torch.float32).reshape(batch, heads, -1, width)
     logits = grouped @ key.to(torch.float32).transpose(2, 3)
@@ -40,6 +37,14 @@ def reference(query: Tensor, key: Tensor, valid: Tensor | None, first: int, last
     return (weights * torch.where(total > 0, 1 / total, 0.0)).sum((1, 2))[:, None]
 
 
+def check(query: Tensor, key: Tensor) -> None:
+    """Refuse shapes that do not fit. Raises ValueError."""
+    if query.dim() != 3 or key.dim() != 4 or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[3]:
+        raise ValueError(
+            f"query and key must be [B, H, D] and [B, Hkv, N, D], not {list(query.shape)} and {list(key.shape)}"
+        )
+
+
 def candidates(valid: Tensor | None, batch: int, tokens: int, first: int, last: int, device: torch.device) -> Tensor:
     """bool [B, N]: real tokens of each row without the first and the last so many."""
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if valid is None else valid
@@ -48,5 +53,7 @@ def candidates(valid: Tensor | None, batch: int, tokens: int, first: int, last: 
 
 
 key_votes = _library.define(
-    "key_votes(Tensor query, Tensor key, Tensor? valid, int first, SymInt last) -> Tensor", reference
+    "key_votes(Tensor query, Tensor key, Tensor? valid, int first, SymInt last) -> Tensor",
+    reference,
+    triton="triton_key_votes",
 )

@@ -41,4 +41,4 @@ def reference(runs: Tensor, length: int) -> Tensor:
     return empty.scatter(1, slot, held)[:, :length].contiguous()
 
 
-mark_slots = _library.define("mark_slots(Tensor runs, SymInt length) -> Tensor", reference)
+mark_slots = _library.define("mark_slots(Tensor runs, SymInt length) -> Tensor", reference, triton="triton_mark_slots")

@@ -36,4 +36,6 @@ def reference(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
     return torch.where((slots >= 0)[:, :, None], old, made)
 
 
-mark_tokens = _library.define("mark_tokens(Tensor x, Tensor slots, Tensor? content) -> Tensor", reference)
+mark_tokens = _library.define(
+    "mark_tokens(Tensor x, Tensor slots, Tensor? content) -> Tensor", reference, triton="triton_mark_tokens"
+)

@@ -29,31 +29,49 @@ def reference(metric: Tensor, count: int, leading: int) -> Tensor:
     Raises:
         ValueError: metric is not [B, T, D], or there are not so many pairs.
     """
-    if metric.dim() != 3:
-        raise ValueError(f"metric must be [B, T, D], not {list(metric.shape)}")
+    check(metric, count, leading)
     batch, tokens, _ = metric.shape
-    if count < 0 or 2 * count > max(tokens - leading, 0):
-        raise ValueError(f"no {count} pairs among {tokens} tokens of which the first {leading} are protected")
     if count == 0:
         return torch.arange(tokens, device=metric.device).expand(batch, tokens).contiguous()
     metric = metric.detach().to(torch.float32)
     length = metric.norm(dim=-1, keepdim=True)
     metric = metric / torch.where(length > 0, length, 1.0)
     even, odd = metric[:, ::2], metric[:, 1::2]
-    evens, odds = even.shape[1], odd.shape[1]
-    held, kept = (leading + 1) // 2, leading // 2  # leading tokens among the even and the odd ones
+    odds, kept = odd.shape[1], leading // 2
     alike = (even @ odd.transpose(1, 2))[:, :, kept:]
     best = alike.amax(-1)
     index = torch.arange(odds - kept, device=metric.device)
     partner = torch.where(alike == best[:, :, None], index, odds).amin(-1) + kept
+    return paired(best, partner, tokens, count, leading)
+
+
+def check(metric: Tensor, count: int, leading: int) -> None:
+    """Refuse arguments of the operator that do not fit. Raises ValueError."""
+    if metric.dim() != 3:
+        raise ValueError(f"metric must be [B, T, D], not {list(metric.shape)}")
+    tokens = metric.shape[1]
+    if count < 0 or 2 * count > max(tokens - leading, 0):
+        raise ValueError(f"no {count} pairs among {tokens} tokens of which the first {leading} are protected")
+
+
+def paired(best: Tensor, partner: Tensor, tokens: int, count: int, leading: int) -> Tensor:
+    """The lists of the result, where `partner` is the odd token of each even one and `best` how alike they are.
+
+    best is float [B, evens]; partner int64 [B, evens], within the odd tokens.
+    """
+    batch, evens = best.shape
+    odds = tokens // 2
+    held, kept = (leading + 1) // 2, leading // 2  # leading tokens among the even and the odd ones
     ranked = best[:, held:].sort(dim=1, descending=True, stable=True).indices + held
     given, stays = ranked[:, :count], ranked[:, count:]
     if leading:
         stays = stays.sort(dim=1).values
-    first = torch.arange(leading, device=metric.device).expand(batch, leading)
-    rest = (torch.arange(kept, odds, device=metric.device) * 2 + 1).expand(batch, odds - kept)
+    first = torch.arange(leading, device=best.device).expand(batch, leading)
+    rest = (torch.arange(kept, odds, device=best.device) * 2 + 1).expand(batch, odds - kept)
     into = partner.gather(1, given) - kept + (leading + evens - held - count)
     return torch.cat([first, stays * 2, rest, given * 2, into], 1)
 
 
-match_pairs = _library.define("match_pairs(Tensor metric, int count, int leading) -> Tensor", reference)
+match_pairs = _library.define(
+    "match_pairs(Tensor metric, int count, int leading) -> Tensor", reference, triton="triton_match_pairs"
+)

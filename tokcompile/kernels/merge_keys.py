@@ -75,4 +75,5 @@ merge_keys = _library.define(
     "merge_keys(Tensor cache, Tensor index, Tensor classes, Tensor weights, Tensor? plain, Tensor? cos, Tensor? sin, "
     "bool neighbours) -> Tensor",
     reference,
+    triton="triton_merge_keys",
 )

@@ -25,8 +25,7 @@ def reference(x: Tensor, size: Tensor | None, source: Tensor, given: Tensor, int
     Raises:
         ValueError: x is not [B, T, C].
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must be [B, T, C], not {list(x.shape)}")
+    check(x)
     dtype = x.dtype
     wide = x if dtype == torch.float64 else x.to(torch.float32)
     size = x.new_ones(x.shape[:2], dtype=wide.dtype) if size is None else size.to(wide.dtype)
@@ -41,6 +40,14 @@ def reference(x: Tensor, size: Tensor | None, source: Tensor, given: Tensor, int
     return total.to(dtype)
 
 
+def check(x: Tensor) -> None:
+    """Refuse tokens of another rank. Raises ValueError."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, T, C], not {list(x.shape)}")
+
+
 merge_pairs = _library.define(
-    "merge_pairs(Tensor x, Tensor? size, Tensor source, Tensor given, Tensor into, bool mean) -> Tensor", reference
+    "merge_pairs(Tensor x, Tensor? size, Tensor source, Tensor given, Tensor into, bool mean) -> Tensor",
+    reference,
+    triton="triton_merge_pairs",
 )

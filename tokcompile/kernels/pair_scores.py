@@ -33,7 +33,28 @@ def reference(
     Raises:
         ValueError: shapes that do not fit.
     """
+    index = numbers(query, key, chosen, start, pairs, neighbours).expand(key.shape[0], -1, -1)
     batch, heads, tokens, width = key.shape
+    groups = query.shape[1] // heads
+    each = index.repeat_interleave(query.shape[1] // index.shape[1], 1)
+    part = query.to(torch.float32).gather(2, each)
+    if index.shape[1] == heads:
+        keys = key.gather(3, index[:, :, None].expand(batch, heads, tokens, -1)).to(torch.float32)
+        scores = part.reshape(batch, heads, groups, -1) @ keys.transpose(2, 3)
+    else:
+        spread = key[:, :, None].expand(batch, heads, groups, tokens, width)
+        keys = spread.gather(4, each.reshape(batch, heads, groups, 1, -1).expand(batch, heads, groups, tokens, -1))
+        scores = keys.to(torch.float32) @ part.reshape(batch, heads, groups, -1, 1)
+    return joined(scores.reshape(batch, -1, tokens), heads, index.shape[1], valid)
+
+
+def numbers(query: Tensor, key: Tensor, chosen: Tensor, start: int, pairs: int, neighbours: bool) -> Tensor:
+    """int64 [B or 1, G, n']: the numbers of a head that chosen pairs are, and those that are in no pair.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    heads, width = key.shape[1], key.shape[3]
     if chosen.dim() == 2:
         chosen = chosen[None]
     each_own = chosen.dim() == 3 and chosen.shape[1] in (heads, query.shape[1])
@@ -42,27 +63,18 @@ def reference(
             f"query, key and chosen must be [B, H, D], [B, Hkv, N, D] and [H or Hkv, n], not {list(query.shape)}, "
             f"{list(key.shape)} and {list(chosen.shape)}"
         )
-    groups = query.shape[1] // heads
-    index = _numbers(chosen.to(torch.int64), start, pairs, width, neighbours).expand(batch, -1, -1)
-    each = index.repeat_interleave(query.shape[1] // index.shape[1], 1)
-    part = query.to(torch.float32).gather(2, each)
-    if index.shape[1] == heads:
-        keys = key.gather(3, index[:, :, None].expand(batch, heads, tokens, -1)).to(torch.float32)
-        scores = part.reshape(batch, heads, groups, -1) @ keys.transpose(2, 3)
-        if groups == 1:
-            return scores[:, :, 0]
-        return _standard(scores, valid).sum(2)
-    spread = key[:, :, None].expand(batch, heads, groups, tokens, width)
-    keys = spread.gather(4, each.reshape(batch, heads, groups, 1, -1).expand(batch, heads, groups, tokens, -1))
-    return (keys.to(torch.float32) @ part.reshape(batch, heads, groups, -1, 1)).reshape(batch, -1, tokens)
-
-
-def _numbers(chosen: Tensor, start: int, pairs: int, width: int, neighbours: bool) -> Tensor:
-    """int64 [B or 1, G, n']: the numbers of a head that chosen pairs are, and those that are in no pair."""
+    chosen = chosen.to(torch.int64)
     ends = (2 * chosen, 2 * chosen + 1) if neighbours else (chosen, chosen + pairs)
     beside = (torch.arange(*span, device=chosen.device) for span in ((0, start), (start + 2 * pairs, width)))
     rest = torch.cat([*beside]).expand(chosen.shape[0], chosen.shape[1], -1)
     return torch.cat([*(start + end for end in ends), rest], 2)
+
+
+def joined(scores: Tensor, heads: int, choices: int, valid: Tensor | None) -> Tensor:
+    """Scores of each query head, [B, H, N], as the operator gives them: [B, choices, N]."""
+    if choices != heads or scores.shape[1] == heads:
+        return scores
+    return _standard(scores.reshape(scores.shape[0], heads, -1, scores.shape[2]), valid).sum(2)
 
 
 def _standard(scores: Tensor, valid: Tensor | None) -> Tensor:
@@ -80,4 +92,5 @@ pair_scores = _library.define(
     "pair_scores(Tensor query, Tensor key, Tensor chosen, Tensor? valid, int start, int pairs, bool neighbours) "
     "-> Tensor",
     reference,
+    triton="triton_pair_scores",
 )

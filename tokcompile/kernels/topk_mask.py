@@ -27,4 +27,6 @@ def reference(scores: Tensor, among: Tensor | None, k: int) -> Tensor:
     return _order.largest(_order.pack(allowed.to(torch.int64), scores, allowed), k)
 
 
-topk_mask = _library.define("topk_mask(Tensor scores, Tensor? among, SymInt k) -> Tensor", reference)
+topk_mask = _library.define(
+    "topk_mask(Tensor scores, Tensor? among, SymInt k) -> Tensor", reference, triton="triton_topk_mask"
+)

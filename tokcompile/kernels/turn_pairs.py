@@ -61,4 +61,5 @@ def _waves(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 turn_pairs = _library.define(
     "turn_pairs(Tensor x, Tensor here, Tensor there, Tensor frequencies, int start, bool neighbours) -> Tensor",
     reference,
+    triton="triton_turn_pairs",
 )

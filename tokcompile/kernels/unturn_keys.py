@@ -26,4 +26,8 @@ def reference(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> Tenso
     return _turning.unturn(keys.to(torch.float32), cos.to(torch.float32), sin.to(torch.float32), neighbours)
 
 
-unturn_keys = _library.define("unturn_keys(Tensor keys, Tensor cos, Tensor sin, bool neighbours) -> Tensor", reference)
+unturn_keys = _library.define(
+    "unturn_keys(Tensor keys, Tensor cos, Tensor sin, bool neighbours) -> Tensor",
+    reference,
+    triton="triton_unturn_keys",
+)

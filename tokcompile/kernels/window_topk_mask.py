@@ -36,5 +36,7 @@ def reference(scores: Tensor, height: int, width: int, rows: int, columns: int, 
 
 
 window_topk_mask = _library.define(
-    "window_topk_mask(Tensor scores, int height, int width, int rows, int columns, SymInt k) -> Tensor", reference
+    "window_topk_mask(Tensor scores, int height, int width, int rows, int columns, SymInt k) -> Tensor",
+    reference,
+    triton="triton_window_topk_mask",
 )

@@ -1,0 +1,96 @@
+"""Attention to chosen keys that reads them in the cache: when it is one kernel, and when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import graphs
+import oncuda
+import pytest
+import torch
+from drawn import made
+from torch import Tensor
+
+from tokcompile.choosekernels import SETTING, TABLE, choose_kernels
+
+ops = torch.ops.tokred
+QUERY, KEY, VALUE = made(0, 2, 4, 1, 8), made(1, 2, 2, 9, 8), made(2, 2, 2, 9, 8)
+MASK, INDEX, OTHER = (
+    made(3, 2, 1, 1, 9) > -1,
+    torch.tensor([[[0, 3, 8], [1, 2, 5]]] * 2),
+    torch.tensor([[[2, 4, 6]]] * 2),
+)
+VALUES = (QUERY, KEY, VALUE, MASK, INDEX, OTHER)
+Step = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (SETTING, TABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def lowered(step: Step) -> list[str]:
+    """The operators of a step as on a GPU, which must give what the references give."""
+    found = graphs.traced(step, *(each.clone() for each in VALUES))
+    oncuda.put_on_cuda(found.gm)
+    choose_kernels(found.gm)
+    got, want = (run(*(each.clone() for each in VALUES)) for run in (found.gm, step))
+    for one, other in zip(*map(oncuda.tensors, (got, want)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    return [node.target._schema.name for node in found.gm.graph.nodes if hasattr(node.target, "_schema")]
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    keys, values = ops.gather_keys(key, index), ops.gather_keys(value, index)
+    return ops.attend(query, keys, values, ops.gather_mask(mask, index), 0.5, 0.0)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    return ops.attend(query, ops.gather_keys(key, other), ops.gather_keys(value, other), None, 0.5, 2.0)
+
+
+def same_keys_and_values(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor
+) -> Tensor:
+    keys = ops.gather_keys(key, index)
+    return ops.attend(query, keys, keys, None, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("step", [masked, plain, same_keys_and_values])
+def test_chosen_keys_are_read_where_they_are(step: Step) -> None:
+    called = lowered(step)
+    assert called.count("tokred_triton::attend_chosen") == 1
+    assert not [name for name in called if "gather" in name]
+
+
+def two_indices(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    return ops.attend(query, ops.gather_keys(key, index), ops.gather_keys(value, index.flip(2)), None, 0.5, 0.0)
+
+
+def keys_are_read_again(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Any:
+    keys = ops.gather_keys(key, index)
+    return ops.attend(query, keys, ops.gather_keys(value, index), None, 0.5, 0.0), keys.sum()
+
+
+def keys_are_turned(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    return ops.attend(query, ops.gather_keys(key, index) * 2, ops.gather_keys(value, index), None, 0.5, 0.0)
+
+
+def mask_is_another(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    keys, values = ops.gather_keys(key, index), ops.gather_keys(value, index)
+    return ops.attend(query, keys, values, mask[..., :3], 0.5, 0.0)
+
+
+def cache_is_changed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
+    keys, values = ops.gather_keys(key, index), ops.gather_keys(value, index)
+    torch.ops.aten.add_.Tensor(key, 1)
+    return ops.attend(query, keys, values, None, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("step", [two_indices, keys_are_read_again, keys_are_turned, mask_is_another, cache_is_changed])
+def test_what_else_is_made_of_them_keeps_the_gathers(step: Step) -> None:
+    called = lowered(step)
+    assert "tokred_triton::attend" in called and "tokred_triton::attend_chosen" not in called
+    assert [name for name in called if "gather" in name]

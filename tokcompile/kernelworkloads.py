@@ -1,0 +1,246 @@
+"""What `tokred bench --kernels` gives each kernel: shapes of real models, of as many bytes as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTH, HEADS, HEAD, ROW = 4096, 8, 128, 16384
+"""Of a stream, of a cache, of one of its heads, and tokens of a row that is selected from."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Random tensors on a device, the same for the same calls.
+
+    Attributes:
+        dtype: of floats.
+        size: bytes that a call should move.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+
+    def floats(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers."""
+        return torch.randn(shape, generator=self._seeded(), device=self.device).to(dtype or self.dtype)
+
+    def flags(self, *shape: int, share: float = 0.5) -> Tensor:
+        """Bools, True for a share of them."""
+        return torch.rand(shape, generator=self._seeded(), device=self.device) < share
+
+    def chosen(self, most: int, *shape: int) -> Tensor:
+        """Ascending indices below a number."""
+        found = torch.randint(0, most, shape, generator=self._seeded(), device=self.device)
+        return found.sort(-1).values
+
+    def units(self, each: int) -> int:
+        """How many of some bytes each make the size; at least two."""
+        return max(self.size // each, 2)
+
+    def _seeded(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One operator's call.
+
+    Attributes:
+        make: its arguments.
+        moved: bytes that any implementation has to move, given arguments and results.
+        dtypes: what it is measured in, of floats.
+    """
+
+    make: Callable[[Maker], tuple[Any, ...]]
+    moved: Callable[[tuple[Any, ...], list[Tensor]], int]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+
+
+def held(*values: Tensor | None) -> int:
+    """Bytes of tensors, each element once."""
+    return sum(value.numel() * value.dtype.itemsize for value in values if value is not None)
+
+
+def _copies(args: tuple[Any, ...], results: list[Tensor]) -> int:
+    """Results are read and written, and the index is read."""
+    return 2 * held(*results) + held(args[1])
+
+
+def _all(args: tuple[Any, ...], results: list[Tensor]) -> int:
+    """Arguments are read and results written."""
+    return held(*(value for value in args if isinstance(value, Tensor)), *results)
+
+
+def _tokens(m: Maker) -> tuple[Any, ...]:
+    kept = m.units(2 * WIDTH * m.dtype.itemsize)
+    return m.floats(1, 2 * kept, WIDTH), m.chosen(2 * kept, 1, kept), 1, 0
+
+
+def _edit(m: Maker) -> tuple[Any, ...]:
+    """Hidden states, two rotary tables and positions of one edit."""
+    x, source, dim, batch = _tokens(m)
+    tokens = x.shape[1]
+    tables = [m.floats(1, tokens, HEAD) for _ in range(2)]
+    positions = torch.arange(tokens, device=m.device)[None]
+    return [x, *tables, positions], source, [0, dim, batch] * 4
+
+
+def _keys(m: Maker) -> tuple[Any, ...]:
+    kept = m.units(2 * HEADS * HEAD * m.dtype.itemsize)
+    return m.floats(1, HEADS, 4 * kept, HEAD), m.chosen(4 * kept, 1, HEADS, kept)
+
+
+def _pairs(m: Maker) -> tuple[Any, ...]:
+    cache, index = _keys(m)
+    return cache, m.chosen(HEADS * cache.shape[2], *index.shape)
+
+
+def _mask(m: Maker) -> tuple[Any, ...]:
+    kept = max(int((m.size / 4) ** 0.5), 2)
+    return m.flags(1, 1, 2 * kept, 2 * kept), m.chosen(2 * kept, 1, 1, kept)
+
+
+def _merge(m: Maker) -> tuple[Any, ...]:
+    tokens = max(m.units(2 * HEADS * HEAD * m.dtype.itemsize), 16)
+    kept = tokens // 4
+    classes = m.chosen(kept + 1, 1, HEADS, tokens).flip(-1)
+    weights = m.floats(1, HEADS, tokens, dtype=torch.float32).abs()
+    cache = m.floats(1, HEADS, tokens, HEAD)
+    return cache, m.chosen(tokens, 1, HEADS, kept), classes, weights, None, None, None, False
+
+
+def _scores(m: Maker) -> Tensor:
+    return m.floats(m.units(ROW * (m.dtype.itemsize + 1)), ROW)
+
+
+def _keep(m: Maker) -> tuple[Any, ...]:
+    rows = m.units(HEADS * ROW * (m.dtype.itemsize + 2))
+    return m.floats(rows, HEADS, ROW), m.flags(rows, ROW, share=0.9), None, 4, 32, ROW // 4
+
+
+def _turn(m: Maker) -> tuple[Any, ...]:
+    tokens = m.units(2 * 4 * HEADS * HEAD * m.dtype.itemsize)
+    here = torch.arange(tokens, device=m.device)[None]
+    frequencies = 1e4 ** -torch.linspace(0, 1, HEAD // 2, device=m.device)
+    return m.floats(1, 4 * HEADS, tokens, HEAD), here, here // 2, frequencies, 0, False
+
+
+def _unturn(m: Maker) -> tuple[Any, ...]:
+    tokens = m.units(HEADS * HEAD * (m.dtype.itemsize + 4))
+    angles = m.floats(1, 1, tokens, HEAD, dtype=torch.float32)
+    return m.floats(1, HEADS, tokens, HEAD), angles.cos().to(m.dtype), angles.sin().to(m.dtype), False
+
+
+def _slots(m: Maker) -> tuple[Any, ...]:
+    return m.flags(m.units(ROW * 5), ROW), ROW // 2
+
+
+def _marked(m: Maker) -> tuple[Any, ...]:
+    length = m.units(2 * WIDTH * m.dtype.itemsize)
+    return m.floats(1, 2 * length, WIDTH), m.chosen(2 * length, 1, length) - length // 8, m.floats(WIDTH)
+
+
+def _site(m: Maker, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    """Queries of four heads for each head of keys; as many as there are keys, or few."""
+    tokens = m.units(5 * HEADS * HEAD * m.dtype.itemsize if queries is None else HEADS * HEAD * m.dtype.itemsize)
+    return m.floats(1, 4 * HEADS, queries or tokens, HEAD), m.floats(1, HEADS, tokens, HEAD)
+
+
+def _received(m: Maker) -> tuple[Any, ...]:
+    return *_site(m), None, None, HEAD**-0.5, True, 0.0, "mean", "mean", None
+
+
+def _received_by_head(m: Maker) -> tuple[Any, ...]:
+    """From a window of 64 queries."""
+    return *_site(m, 64), None, None, 64, HEADS, HEAD**-0.5, False, 0.0, "mean", "mean", None
+
+
+def _row(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(m, 64)
+    return query, key, None, torch.full((1,), 63, device=m.device), HEAD**-0.5, False, 0.0, "mean", None
+
+
+def _attend(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(Maker(m.device, m.dtype, m.size // 2), 1)
+    return query, key, key.flip(2), None, HEAD**-0.5, 0.0, None
+
+
+def _attend_chosen(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the keys."""
+    query, key = _site(Maker(m.device, m.dtype, 2 * m.size), 1)
+    index = m.chosen(key.shape[2], 1, HEADS, key.shape[2] // 4)
+    return query, key, key.flip(2), None, index, HEAD**-0.5, 0.0, None
+
+
+def _votes(m: Maker) -> tuple[Any, ...]:
+    query, key = _site(m, 1)
+    return query[:, :, 0].float(), key, None, 4, 64
+
+
+def _pair_scores(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the pairs, the same for each head of keys."""
+    query, key = _site(m, 1)
+    return query[:, :, 0], key, m.chosen(HEAD // 2, HEADS, HEAD // 8), None, 0, HEAD // 2, False
+
+
+def _viewers(m: Maker) -> tuple[Any, ...]:
+    tokens = max(int(m.size**0.5), 2)
+    like = m.floats(1, 1, tokens, 1)
+    return like, like, m.flags(1, 1, tokens, tokens), None, 0, True
+
+
+PATCHES = 4096
+"""Tokens of an image whose pairs are merged."""
+
+
+def _match(m: Maker) -> tuple[Any, ...]:
+    return m.floats(m.units(PATCHES * 64 * m.dtype.itemsize), PATCHES, 64), PATCHES // 4, 0
+
+
+def _merge_pairs(m: Maker) -> tuple[Any, ...]:
+    """A quarter of the tokens goes into the others."""
+    quarter = m.units(8 * 1024 * m.dtype.itemsize)
+    order = torch.arange(4 * quarter, device=m.device)[None]
+    size = m.flags(1, 4 * quarter).to(torch.float32) + 1
+    into = m.chosen(3 * quarter, 1, quarter)
+    return m.floats(1, 4 * quarter, 1024), size, order[:, : 3 * quarter], order[:, 3 * quarter :], into, True
+
+
+ONE = (torch.float32,)
+WORKLOADS: dict[str, Workload] = {
+    "attend": Workload(_attend, _all),
+    "attend_chosen": Workload(_attend_chosen, lambda args, results: held(args[1]) // 2 + held(args[4], *results)),
+    "attention_received": Workload(_received, _all),
+    "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
+    "fill_mask": Workload(
+        lambda m: ([m.flags(*_scores(m).shape, share=0.1)], _scores(m), None, ROW // 4),
+        lambda args, results: held(*args[0], args[1], *results),
+    ),
+    "gather_keys": Workload(_keys, _copies),
+    "gather_many": Workload(_edit, _copies),
+    "gather_mask": Workload(_mask, _copies, ONE),
+    "gather_pairs": Workload(_pairs, _copies),
+    "gather_tokens": Workload(_tokens, _copies),
+    "keep_keys": Workload(_keep, _all),
+    "kept_indices": Workload(lambda m: (m.flags(m.units(ROW * 3), ROW), ROW // 4), _all, ONE),
+    "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results)),
+    "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
+    "key_votes": Workload(_votes, _all),
+    "mark_slots": Workload(_slots, _all, ONE),
+    "mark_tokens": Workload(_marked, _copies),
+    "match_pairs": Workload(_match, _all),
+    "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),
+    "merge_pairs": Workload(_merge_pairs, _all),
+    "pair_scores": Workload(_pair_scores, _all),
+    "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
+    "turn_pairs": Workload(_turn, _all),
+    "unturn_keys": Workload(_unturn, _all),
+    "window_topk_mask": Workload(lambda m: (_scores(m), 128, 128, 8, 8, 64), _all),
+}
+"""By the operator's name. One without a workload is not measured, and the bench says so."""
