@@ -26,11 +26,11 @@ def reference(keep: Tensor, length: int) -> Tensor:
         raise ValueError(f"keep must be bool [B, T], not {keep.dtype} {list(keep.shape)}")
     batch, tokens = keep.shape
     index = torch.arange(tokens, device=keep.device).expand(batch, tokens)
-    # Every token has a slot; those that are not kept share one past the end, so that shapes never depend on data. As
-    # many slots as tokens, and not `length` alone: TensorRT scatters into tensors no smaller than the indices.
-    slot = torch.where(keep, keep.cumsum(1) - 1, tokens)
+    # Every token has a slot; those that are not kept share one past the end, so that shapes never depend on data. With
+    # room for every token, because TensorRT scatters into tensors no smaller than the indices.
+    slot = torch.where(keep, keep.cumsum(1) - 1, length).clamp(max=length)
     last = torch.where(keep, index, 0).amax(1, keepdim=True)
-    return last.expand(batch, tokens + 1).scatter(1, slot, index)[:, :length].contiguous()
+    return last.expand(batch, length + tokens).scatter(1, slot, index)[:, :length].contiguous()
 
 
 kept_indices = _library.define(
