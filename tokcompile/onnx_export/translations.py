@@ -100,10 +100,20 @@ def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = 
     return op.TopK(self, count, axis=dim, largest=int(largest), sorted=1)
 
 
+def remainder(self: Any, other: Any) -> Any:
+    """The remainder by a number, with its sign: one that may be a size, where the exporter's form needs a constant."""
+    fixed = isinstance(other, (int, float))
+    divisor = _constant(other, self.dtype.numpy()) if fixed else op.CastLike(other, self)
+    if self.dtype.is_integer():
+        return op.Mod(self, divisor)
+    return op.Sub(self, op.Mul(op.Floor(op.Div(self, divisor)), divisor))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.view.dtype: view_dtype,
     aten.cummax.default: cummax,
     aten._cdist_forward.default: cdist,
     aten.sort.stable: stable_sort,
     aten.topk.default: topk,
+    aten.remainder.Scalar: remainder,
 }
