@@ -60,8 +60,7 @@ def replay(program: Program, recording: Recording) -> None:
     """
     for name, node in token_maps(program).items():
         held = recording.maps.get(name)
-        shape = tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
-        if held is None or tuple(held.shape) != shape:
+        if held is None or not _fits(held.shape, node.meta["val"].shape):
             raise EditError(
                 f"no recorded selection fits '{name}'",
                 found=str(recording),
@@ -79,3 +78,9 @@ def replay(program: Program, recording: Recording) -> None:
     program.graph.eliminate_dead_code()
     program.changed()
     program.gm.recompile()
+
+
+def _fits(held: Sequence[int], wanted: Sequence[Any]) -> bool:
+    """Whether a recorded shape is one that the graph was captured with; a size that only data tell may be any."""
+    sizes = [size if isinstance(size, int) else size.node.hint for size in wanted]
+    return len(held) == len(sizes) and all(size in (None, own) for own, size in zip(held, sizes, strict=True))

@@ -15,6 +15,7 @@ from rulecases import CASES, IN_TEXT, RULES
 from torch import Tensor, nn
 
 import tokcompile
+from tokcompile.models.catalogue import family
 from tokcompile.rulefile import load_rule
 
 PADS = {"none": (), "left": (2, 0, 1)}
@@ -175,6 +176,20 @@ def test_a_replay_needs_a_recording_that_fits(rule: str) -> None:
     ideal = prune(model, replay=tokcompile.Recording(), **options(rule, model, 5))
     with pytest.raises(Exception, match="no recorded selection fits"):
         ideal(**fleet.example(model))
+
+
+@pytest.mark.slow
+def test_a_replay_takes_a_recording_of_as_many_images_as_the_data_tell() -> None:
+    """The graph of SmolVLM counts its tiles only when it runs: those of zeros are none."""
+    known = family("smolvlm")
+    model = known.build()
+    inputs = known.example(model)
+    given = {"rule": "hiprune", "keep": "1/3"}
+    pruned = prune(model, **given)
+    out = pruned(**inputs)
+    torch._dynamo.reset()
+    ideal = prune(model, replay=pruned.recording, **given)
+    assert difference(ideal(**inputs).logits, out.logits) == 0
 
 
 STATIC = {

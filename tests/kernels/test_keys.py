@@ -135,6 +135,19 @@ def test_smooth_keys(seed: int, tokens: int, window: int, kernel: int, how: str,
                 assert got[row, head, first + j] == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("how", ["avg", "max"])
+def test_one_graph_smooths_keys_of_any_length(how: str) -> None:
+    class Smooth(torch.nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return ops.smooth_keys(scores, None, 2, 3, how)
+
+    shapes = {"scores": {2: torch.export.Dim("tokens", min=4, max=64)}}
+    graph = torch.export.export(Smooth(), (made(0, 2, 3, 9),), dynamic_shapes=shapes).run_decompositions().module()
+    for tokens in (5, 31):
+        scores = made(tokens, 2, 3, tokens).abs()
+        torch.testing.assert_close(graph(scores), Smooth()(scores), rtol=0, atol=0)
+
+
 @settings(max_examples=80)
 @given(
     seed=st.integers(0, 999),

@@ -107,3 +107,12 @@ def test_distances(tmp_path: Path) -> None:
         [[float(np.sqrt(((a - b) ** 2).sum())) for b in two] for a in one] for one, two in zip(x, other, strict=True)
     ]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_remainders_by_a_size_and_by_a_number(dtype: Any, tmp_path: Path) -> None:
+    example = torch.zeros(2, 9, dtype=torch.from_numpy(np.zeros(1, dtype)).dtype)
+    run = session(lambda x: (x % x.shape[1], x % -4), example, tmp_path, 1)
+    x = np.arange(-35, 35).reshape(2, 35).astype(dtype)[:, :7]
+    for found, divisor in zip(run.run(None, {"x": x}), (7, -4), strict=True):
+        assert found.tolist() == [[value % divisor for value in row] for row in x.tolist()]

@@ -42,8 +42,10 @@ def reference(scores: Tensor, valid: Tensor | None, window: int, kernel: int, ho
         scores = torch.where(inside[:, None, :tokens], 0.0, scores)
     if kernel == 1:
         return scores
-    pool = F.avg_pool1d if how == "avg" else F.max_pool1d
-    return pool(scores, kernel, stride=1, padding=kernel // 2)
+    if how == "avg":
+        return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+    # In two dimensions, because that of one takes the length of the example for the only one.
+    return F.max_pool2d(scores, (1, kernel), stride=1, padding=(0, kernel // 2))
 
 
 smooth_keys = _library.define(

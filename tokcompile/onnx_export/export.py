@@ -23,7 +23,7 @@ from tokcompile.kernels._order import by_ranks
 from tokcompile.onnx_export import dynamic as dynamics
 from tokcompile.onnx_export import legality, steps
 from tokcompile.onnx_export.extra import NEEDED, needs
-from tokcompile.onnx_export.flat import checks, flatten
+from tokcompile.onnx_export.flat import checks, flatten, forget_pending
 from tokcompile.onnx_export.names import input_names, output_names
 from tokcompile.params import plain
 from tokcompile.rulefile import parse_rules
@@ -196,6 +196,8 @@ def _translated(flat: ExportedProgram, taken: list[str], returned: list[str], op
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise legality.untranslated(error, flat) from error
+        finally:
+            forget_pending(flat)
 
 
 def _tell_origins(model: Any, decomposed: ExportedProgram, flat: ExportedProgram) -> None:

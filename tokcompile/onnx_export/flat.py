@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import InputKind, OutputKind
@@ -52,10 +53,22 @@ def flatten(program: ExportedProgram) -> ExportedProgram:
         [ModuleCallEntry("", call)],
         example,
         program.constants,
+        verifiers=program.verifiers,
     )
     if hasattr(flat, "_guards_code"):
         flat._guards_code = []  # they speak of the arguments by the names that these had
     return flat
+
+
+def forget_pending(program: ExportedProgram) -> None:
+    """Forget sizes that torch made up while it wrote a program, and bound to no value.
+
+    Programs of one export share their symbols: the next one that is written would be refused for what is left of this.
+    """
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    fake = next((value for value in values if isinstance(value, FakeTensor)), None)
+    if fake is not None and fake.fake_mode.shape_env is not None:
+        fake.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
 def _drop_checks(module: torch.fx.GraphModule) -> None:

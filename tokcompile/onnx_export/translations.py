@@ -133,6 +133,15 @@ def _spread(mask: Any) -> Any:
     return rows if rows.shape is not None and len(rows.shape) == len(mask.shape) and rows.shape[-1] == 1 else None
 
 
+def remainder(self: Any, other: Any) -> Any:
+    """The remainder by a number, with its sign: one that may be a size, where the exporter's form needs a constant."""
+    fixed = isinstance(other, (int, float))
+    divisor = _constant(other, self.dtype.numpy()) if fixed else op.CastLike(other, self)
+    if self.dtype.is_integer():
+        return op.Mod(self, divisor)
+    return op.Sub(self, op.Mul(op.Floor(op.Div(self, divisor)), divisor))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.view.dtype: view_dtype,
     aten.cummax.default: cummax,
@@ -140,4 +149,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.masked_scatter.default: masked_scatter,
     aten.sort.stable: stable_sort,
     aten.topk.default: topk,
+    aten.remainder.Scalar: remainder,
 }
