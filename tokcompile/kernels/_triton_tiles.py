@@ -27,7 +27,7 @@ LEAST_PART = 256
 NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 
 # Three products of tensor cores, of which each has eleven bits, are as exact as one in float32 but for the last bits.
-_PRECISION = tl.constexpr("ieee" if INTERPRETED or torch.version.hip else "tf32x3")
+_PRECISION = tl.constexpr("ieee" if INTERPRETED else "tf32x3")
 AS_FLOAT32 = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(_attention.LOWEST)
