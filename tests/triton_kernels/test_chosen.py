@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ import tokcompile
 from tokcompile import kernels
 from tokcompile.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, tag
 from tokcompile.errors import LowerError
+from tokcompile.kernels import _triton
 from tokcompile.lower import lower
 from tokcompile.models.catalogue import family
 
+pytestmark = pytest.mark.skipif(
+    not _triton.interpreted(), reason="graphs of a CPU run kernels under Triton's interpreter, which GPUs do without"
+)
 ops = torch.ops.tokred
 USUAL = ("fastv",)
 """What `make test` asks; the others are slow in their sum."""
@@ -148,8 +153,6 @@ def test_a_table_decides_where_there_is_a_row(
     monkeypatch.setenv(TABLE, str(tmp_path / "table.json"))
     choice = choices_of(program()[0].gm)[0]
     assert choice.op == "kept_indices" and choice.kernel == kernel
-    import re
-
     assert re.search(reason, choice.reason), choice.reason
 
 
