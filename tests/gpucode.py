@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -98,15 +99,18 @@ class NoDriver:
         return GPUTarget("cuda", max(ARCHITECTURES), 32)
 
 
-def trace(name: str) -> None:
+def trace(name: str, dynamic: bool) -> None:
     """Trace the operator of a kernel as AOTAutograd hands it to Inductor, which has to see the kernel.
 
     On fake tensors of a CPU: the graph is the same, and a build of torch for CPUs cannot index those of a GPU.
 
+    Args:
+        dynamic: whether the number of rows of each tensor is a symbol.
+
     Raises:
         AssertionError: there is no kernel, or PyTorch takes one to write to something else than new memory.
     """
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
     leaves, structure = tree_flatten(list(CASES[name]()))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -116,7 +120,7 @@ def trace(name: str) -> None:
             given[place] = tensor
         return tuple(tree_leaves(kernels.kernel_op(name)(*tree_unflatten(given, structure))))
 
-    fakes = tuple(mode.from_tensor(leaves[place]) for place in places)
+    fakes = tuple(_fake(leaves[place], mode, dynamic) for place in places)
     with mode:
         graph = aot_export_joint_simple(call, fakes, trace_joint=False).graph
     seen = [node for node in graph.nodes if node.target is triton_kernel_wrapper_functional]
@@ -126,12 +130,20 @@ def trace(name: str) -> None:
         assert changed and set(changed) == {torch.ops.aten.empty.memory_format}, (name, changed)
 
 
+def _fake(value: Tensor, mode: FakeTensorMode, dynamic: bool) -> Tensor:
+    if not dynamic:
+        return mode.from_tensor(value)
+    rest = [DimDynamic.STATIC] * (value.dim() - 1)
+    return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, *rest]))
+
+
 def main(names: Sequence[str]) -> None:
     """Trace and compile the kernels of some operators, or of all."""
     triton.runtime.driver.set_active(NoDriver())
     names = names or sorted(CASES)
     for name in names:
-        trace(name)
+        for dynamic in (False, True):
+            trace(name, dynamic)
     for name in names:
         for dtype in (torch.bfloat16, torch.float32):
             compile_case(name, dtype)

@@ -9,11 +9,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tokcompile import kernels
 from tokcompile.kernels import _library
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels run: on a CPU under Triton's interpreter."""
 POISON = {torch.bool: True}
 """What an element holds that no kernel wrote: NaN, the largest integer, or this."""
 
@@ -34,7 +36,8 @@ def poisoned() -> Iterator[None]:
 
 
 def launched(name: str, *args: Any) -> Any:
-    """The kernel's results, which must be contiguous; arguments must be as they were after it."""
+    """The kernel's results on the CPU, which must be contiguous; arguments must be as they were after it."""
+    args = tuple(tree_map(lambda leaf: leaf.to(DEVICE) if isinstance(leaf, Tensor) else leaf, list(args)))
     assert kernels.kernel_fault(name, args) is None
     before = [leaf.clone() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     with poisoned():
@@ -42,7 +45,7 @@ def launched(name: str, *args: Any) -> Any:
     assert all(each.is_contiguous() for each in tree_leaves(made))
     same = zip(before, (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), strict=True)
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in same)
-    return made
+    return tree_map(Tensor.cpu, made)
 
 
 def strided(value: Tensor, kind: int) -> Tensor:

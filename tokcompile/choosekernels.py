@@ -61,7 +61,7 @@ class Measured:
             on the kernel is chosen; None where it never won.
     """
 
-    unmeasured: str = "kernel"
+    unmeasured: str = "reference"
     devices: dict[str, dict[str, dict[str, int | None]]] = field(default_factory=dict)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import json
+from pathlib import Path
 
 import pytest
-import torch
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
-    """Make new tensors where kernels run."""
-    before = torch.get_default_device()
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    yield
-    torch.set_default_device(before)
+@pytest.fixture
+def kernels_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are chosen wherever they can run: the table that is shipped chooses none before it was measured."""
+    from tokcompile.choosekernels import SETTING, TABLE
+
+    monkeypatch.delenv(SETTING, raising=False)
+    path = tmp_path / "unmeasured.json"
+    path.write_text(json.dumps({"unmeasured": "kernel"}))
+    monkeypatch.setenv(TABLE, str(path))

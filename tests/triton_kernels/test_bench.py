@@ -9,6 +9,7 @@ from pathlib import Path
 import kernelcases
 import pytest
 import torch
+from launched import DEVICE
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
@@ -70,7 +71,7 @@ def test_an_operator_is_measured_against_its_reference(monkeypatch: pytest.Monke
         run()
         return 2.0
 
-    found = kernelbench.bench(["gather_keys", "attention"], [1 << 14], clock, "cpu", "a clock")
+    found = kernelbench.bench(["gather_keys", "attention"], [1 << 14], clock, DEVICE, "a clock")
     assert {r.op for r in found.rows} == {"gather_keys"}
     assert [r.dtype for r in found.rows] == ["bfloat16", "float32"]
     assert all(r.gain == 1 and 0.5 < r.share < 2 for r in found.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,26 @@ from torch import Tensor
 
 import tokcompile
 from tokcompile import kernels
-from tokcompile.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, tag
+from tokcompile.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, measured, tag
 from tokcompile.errors import LowerError
+from tokcompile.kernels import _triton
 from tokcompile.lower import lower
 from tokcompile.models.catalogue import family
 
+pytestmark = [
+    pytest.mark.usefixtures("kernels_unmeasured"),
+    pytest.mark.skipif(
+        not _triton.interpreted(),
+        reason="graphs of a CPU run kernels under Triton's interpreter, which GPUs do without",
+    ),
+]
 ops = torch.ops.tokred
-USUAL = ("fastv",)
-"""What `make test` asks; the others are slow in their sum."""
 ELSEWHERE = {
     "aot_video": ("", {"windows": 1}),
     "hita": ("llava", {"block": 1, "queries": 4}),
     "image": ("clip", {"block": 1, "tokens": 4}),
 }
 """Models and options of rules that the matrix of invariants has no case of; \"\" for a family with videos."""
-
-
-@pytest.fixture(autouse=True)
-def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (SETTING, TABLE):
-        monkeypatch.delenv(name, raising=False)
 
 
 def prune(x: Tensor, mask: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
@@ -76,6 +77,17 @@ def test_kernels_are_chosen_on_cuda_and_gathers_by_one_index_are_one_launch() ->
     assert not [each for each in called if each == "tokred.gather_tokens.default"]
     for one, other in zip(found.gm(*values), wanted, strict=True):
         assert torch.equal(one, other)
+
+
+def test_as_shipped_nothing_is_chosen_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TABLE)
+    assert measured().devices == {}
+    found, _ = program()
+    choices = choose_kernels(found.gm)
+    assert choices and not any(choice.kernel for choice in choices)
+    assert choices[0].reason.endswith("reference by default")
+    monkeypatch.setenv(SETTING, "on")
+    assert any(choice.kernel for choice in choose_kernels(found.gm))
 
 
 def test_symbolic_sizes_stay_open() -> None:
@@ -148,8 +160,6 @@ def test_a_table_decides_where_there_is_a_row(
     monkeypatch.setenv(TABLE, str(tmp_path / "table.json"))
     choice = choices_of(program()[0].gm)[0]
     assert choice.op == "kept_indices" and choice.kernel == kernel
-    import re
-
     assert re.search(reason, choice.reason), choice.reason
 
 
@@ -213,7 +223,8 @@ def _example(rule: str) -> tuple[torch.nn.Module, dict[str, Tensor], dict[str, A
     return model, fleet.example(model, 2, () if name == "clip" else (1, 0)), given
 
 
-@pytest.mark.parametrize("rule", [pytest.param(r, marks=() if r in USUAL else pytest.mark.slow) for r in RULES])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_runs_kernels_on_cuda(rule: str) -> None:
     """Each operator that has a kernel becomes it, and the model's outputs are those of the references."""
     model, inputs, given = _example(rule)

@@ -12,8 +12,9 @@ import torch
 from drawn import made
 from torch import Tensor
 
-from tokcompile.choosekernels import SETTING, TABLE, choose_kernels
+from tokcompile.choosekernels import choose_kernels
 
+pytestmark = pytest.mark.usefixtures("kernels_unmeasured")
 ops = torch.ops.tokred
 QUERY, KEY, VALUE = made(0, 2, 4, 1, 8), made(1, 2, 2, 9, 8), made(2, 2, 2, 9, 8)
 MASK, INDEX, OTHER = (
@@ -23,12 +24,6 @@ MASK, INDEX, OTHER = (
 )
 VALUES = (QUERY, KEY, VALUE, MASK, INDEX, OTHER)
 Step = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (SETTING, TABLE):
-        monkeypatch.delenv(name, raising=False)
 
 
 def lowered(step: Step) -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from launched import launched, strided
 from torch import Tensor
 
-from tokcompile.kernels import reference_of
+from tokcompile.kernels import _library, reference_of
 from tokcompile.kernels.gather_many import reference as gathers
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
@@ -20,13 +20,13 @@ KINDS = st.integers(0, 2)
 
 
 def values(seed: int, shape: tuple[int, ...], dtype: torch.dtype, kind: int) -> Tensor:
-    value = made(seed, *shape).to(torch.get_default_device()) * 40
+    value = made(seed, *shape) * 40
     return strided(value > 0 if dtype == torch.bool else value.abs().to(dtype), kind)
 
 
 def places(seed: int, shape: tuple[int, ...], most: int) -> Tensor:
     found = torch.randint(0, most, shape, generator=torch.Generator().manual_seed(seed))
-    return strided(found.to(torch.get_default_device()), seed % 3)
+    return strided(found, seed % 3)
 
 
 def same(name: str, *args: object) -> None:
@@ -125,3 +125,10 @@ def test_what_is_out_of_range_reads_no_other_memory():
     value = torch.arange(6.0).reshape(1, 3, 2)
     index = torch.tensor([[-1, 7, -9, 0]])
     assert launched("gather_tokens", value, index, 1, 0)[0].tolist() == [[4, 5], [4, 5], [0, 1], [0, 1]]
+
+
+def test_more_rows_than_32_bits_count_are_refused():
+    value = torch.empty(1 << 16, 1 << 15, 1, dtype=torch.bool, device="meta")
+    index = torch.empty(1 << 16, 1 << 15, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="2147483648 rows of a gather; .*TOKRED_KERNELS=off"):
+        _library._part("gather_tokens").launch(value, index, 1, 0)

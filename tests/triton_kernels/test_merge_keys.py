@@ -16,12 +16,12 @@ SEEDS = st.integers(0, 100)
 
 
 def values(seed: int, *shape: int) -> Tensor:
-    return made(seed, *shape).to(torch.get_default_device())
+    return made(seed, *shape)
 
 
 def whole_numbers(seed: int, most: int, *shape: int) -> Tensor:
     found = torch.randint(0, most, shape, generator=torch.Generator().manual_seed(seed))
-    return found.to(torch.get_default_device())
+    return found
 
 
 def merged(

@@ -19,7 +19,7 @@ TOKENS = st.sampled_from([1, 5, 16, 40])
 def scores(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Few values, so that most rows have ties."""
     which = torch.randint(0, len(SPECIALS), shape, generator=torch.Generator().manual_seed(seed))
-    values = torch.tensor(SPECIALS, dtype=torch.float64)[which.cpu()].to(torch.get_default_device())
+    values = torch.tensor(SPECIALS, dtype=torch.float64)[which]
     values = values if dtype.is_floating_point else values.nan_to_num().clamp(-9, 9)
     return strided(values.to(dtype), seed % 3)
 
@@ -28,7 +28,7 @@ def mask(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Of some, all or no tokens."""
     share = (0.5, 0.0, 1.0, 0.2)[seed % 4]
     found = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
-    return strided(found.to(torch.get_default_device()), seed % 3)
+    return strided(found, seed % 3)
 
 
 def same(name: str, *args: object) -> None:

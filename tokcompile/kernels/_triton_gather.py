@@ -21,6 +21,7 @@ TILE = 4096
 """Elements of a tile: 32 for each thread of four warps, so that many loads are in flight at once."""
 WIDEST = 1024
 ROW_DIMENSIONS = 4
+MOST = 1 << 31
 DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -86,6 +87,7 @@ def keys_plan(cache: Tensor, index: Tensor) -> Plan:
 
 def pairs_plan(cache: Tensor, pairs: Tensor) -> Plan:
     """The plan of `gather_pairs`."""
+    check_count(cache.shape[1] * cache.shape[2], "pairs of a head and a token")
     rows = [Step(size, 0, pairs.stride(d)) for d, size in enumerate(pairs.shape)]
     rows[0] = rows[0]._replace(value=cache.stride(0))
     column = Step(cache.shape[3], cache.stride(3), 0)
@@ -137,6 +139,12 @@ def block(size: Any, most: int) -> int:
     return found
 
 
+def check_count(count: Any, what: str) -> None:
+    """Refuse numbers that 32 bits do not hold. Raises ValueError."""
+    if count >= MOST:
+        raise ValueError(f"{count} {what}; the kernel counts up to 2^31: set TOKRED_KERNELS=off")
+
+
 def empty(shape: Sequence[Any]) -> bool:
     """Whether a result is known to have no elements."""
     return any(isinstance(size, int) and size == 0 for size in shape)
@@ -157,6 +165,7 @@ def words(plan: Plan, suffix: str = "") -> tuple[Any, dict[str, Any]]:
     count = 1
     for row in rows:
         count = count * row.size
+    check_count(count, "rows of a gather")
     columns = block(plan.column.size, WIDEST)
     tall = block(count, TILE // columns)
     found = {f"n{d}": rows[d].size for d in (1, 2, 3)}

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import wrap_triton
-from ._triton_gather import TILE, WIDEST, block, empty
+from ._triton_gather import TILE, WIDEST, block, check_count, empty
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,6 +27,7 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
     out = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     if empty(out.shape):
         return out
+    check_count(batch * length, "slots")
     columns = block(width, WIDEST)
     rows = block(batch * length, TILE // columns)
     new = x if content is None else content
