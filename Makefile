@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed bench-kv lint format train schema results sweep retrieval clean
+.PHONY: setup demo test test-slow coverage scale speed bench-kv bench-export lint format train schema results sweep retrieval clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,11 @@ speed: setup
 # docs/cache-speed.md; up to an hour on two cores, and a quiet machine.
 bench-kv: setup
 	$(BIN)/python tests/kv_speed.py $(BENCH_ARGS)
+
+# Times ONNX files of two models of real size under rules against the files without one and against their ideals, and
+# writes docs/export-speed.md; up to an hour on two cores, 8 GB of memory, 20 GB of disk, and a quiet machine.
+bench-export: setup
+	$(BIN)/python tests/export_speed.py $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
