@@ -104,16 +104,31 @@ def votes(seen: Seen, row: int, places: list[int], window: int, kernel: int = 1,
     return heads
 
 
-def mass(seen: Seen, row: int, places: list[int], reduce: str) -> Heads:
-    """H2O (Zhang et al. 2023): attention from all queries, its sum or its mean over the queries that see the key."""
-    heads = []
+def mass(seen: Seen, row: int, places: list[int], reduce: str, window: int = 0) -> Heads:
+    """H2O (Zhang et al. 2023): attention from all queries, its sum or its mean over the queries that see the key.
+
+    Args:
+        window: how many last queries count; 0: all.
+    """
+    heads, voters = [], places[-window:]
     for of_group in _groups(seen, row):
         each = []
-        for order, j in enumerate(places):
-            got = of_group[:, places, j].sum(1).mean(0)
-            each.append(float(got) / (len(places) - order if reduce == "seen" else 1))
+        for j in places:
+            got = of_group[:, voters, j].sum(1).mean(0)
+            each.append(float(got) / (sum(i >= j for i in voters) if reduce == "seen" else 1))
         heads.append(each)
     return heads
+
+
+def age(seen: Seen, row: int, places: list[int]) -> Heads:
+    """StreamingLLM (Xiao et al. 2024): the last tokens stay."""
+    return [[float(j) for j in places] for _ in range(seen.key.shape[1])]
+
+
+def newest(seen: Seen, row: int, places: list[int]) -> Heads:
+    """TOVA (Oren et al. 2024): attention of the last query, the mean over all heads, which choose together."""
+    middle = seen.weights[row, :, places[-1]].double().mean(0)
+    return [[float(middle[j]) for j in places] for _ in range(seen.key.shape[1])]
 
 
 def smallness(seen: Seen, row: int, places: list[int]) -> Heads:

@@ -51,6 +51,8 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
     "knorm": ({"sinks": 1}, lambda block: cached.smallness, {"sinks": 1}),
     "keydiff": ({"recent": 1}, lambda block: cached.difference_to_mean, {"recent": 1}),
     "random_kv": ({"seed": 3}, lambda block: partial(cached.luck, seed=3, block=block), {}),
+    "streamingllm": ({"sinks": 2, "positions": "keep"}, lambda block: cached.age, {"sinks": 2}),
+    "tova": ({}, lambda block: cached.newest, {"recent": 1}),
 }
 JOINT = {"adakv": cached.Joint()}
 """Rules under which the heads of a block share a budget."""
