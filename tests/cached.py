@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def votes(seen: Seen, row: int, places: list[int], window: int, kernel: int = 1,
         for each cached head a number for each real token; the window's own are 0.
     """
     last, heads = places[-window:], []
-    for of_group in _groups(seen, row):
+    for of_group in groups(seen, row):
         raw = [0.0 if j in last else float(of_group[:, last, j].mean(1).mean(0)) for j in places]
         heads.append([_pooled(raw, j, kernel, pool) for j in range(len(places))])
     return heads
@@ -111,7 +111,7 @@ def mass(seen: Seen, row: int, places: list[int], reduce: str, window: int = 0) 
         window: how many last queries count; 0: all.
     """
     heads, voters = [], places[-window:]
-    for of_group in _groups(seen, row):
+    for of_group in groups(seen, row):
         each = []
         for j in places:
             got = of_group[:, voters, j].sum(1).mean(0)
@@ -154,7 +154,7 @@ def luck(seen: Seen, row: int, places: list[int], seed: int, block: int) -> Head
     ]
 
 
-def _groups(seen: Seen, row: int) -> Iterator[Tensor]:
+def groups(seen: Seen, row: int) -> Iterator[Tensor]:
     """Probabilities of the query heads that share a cached head, float64 [heads, Tq, Tk], one cached head at a time."""
     size = seen.query.shape[1] // seen.key.shape[1]
     for cached in range(seen.key.shape[1]):
@@ -253,12 +253,20 @@ def flattened(heads: list[list[int]]) -> list[tuple[int, int]]:
 Score = Callable[[Seen, int, list[int]], Heads]
 
 
+class Choice(Protocol):
+    """How the keys of a row's heads are chosen by their scores."""
+
+    def kept(self, heads: Heads, budget: int, sinks: int = 0, recent: int = 0) -> list[list[int]]:
+        """Of each head the keys that stay, ascending."""
+        ...
+
+
 def choices(
     calls: Sequence[Seen],
     real: list[list[bool]],
     score: Callable[[int], Score],
     budgets: Sequence[int],
-    joint: Joint | None = None,
+    joint: Choice | None = None,
     **ends: int,
 ) -> list[list[list[list[int]]]]:
     """Which keys stay: for each layer, row and cached head their places, ascending."""

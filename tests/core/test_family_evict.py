@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cached
 import families
 import pytest
+import streamed
 import torch
 import unloaded
+from core import test_key_merge as merging
 from core.test_family_generate import LENGTH, longer, positioned
 from harness import difference, greedy, prune, refusal
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ ALL = catalogue.families()
 NAMES = [name for name, family in ALL.items() if family.kind in ("decoder", "vlm")]
 BUDGET, STEPS = 9, 3
 Ends = dict[str, int]
+
 RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
     "snapkv": ({"window": 4, "kernel": 3}, lambda block: partial(cached.votes, window=4, kernel=3), {"recent": 4}),
     "adakv": (
@@ -53,9 +57,23 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], cached.Score], Ends]] = {
     "random_kv": ({"seed": 3}, lambda block: partial(cached.luck, seed=3, block=block), {}),
     "streamingllm": ({"sinks": 2, "positions": "keep"}, lambda block: cached.age, {"sinks": 2}),
     "tova": ({}, lambda block: cached.newest, {"recent": 1}),
+    "ems": (
+        {"window": merging.WINDOW, "alike": 0.1, "space": "turned"},
+        lambda block: merging.attention_twice,
+        {"recent": merging.WINDOW},
+    ),
+    "treekv": (
+        {"sinks": 1, "recent": 3, "window": 6, "positions": "keep"},
+        lambda block: partial(cached.mass, reduce="seen", window=6),
+        {"sinks": 1, "recent": 3},
+    ),
 }
-JOINT = {"adakv": cached.Joint()}
+JOINT = ("adakv",)
 """Rules under which the heads of a block share a budget."""
+MERGED = ("ems",)
+"""Rules under which what goes is merged into what stays."""
+CHOICES: dict[str, cached.Choice] = {"adakv": cached.Joint(), "treekv": streamed.Turns()}
+"""How keys are chosen by their scores, where it is not the best of each head."""
 CONTINUED = ("snapkv", "adakv", "pyramidkv", "knorm")
 """Rules whose later steps are run: equal lengths, those of each head, of each block, and few tokens that must stay."""
 REFUSALS: dict[str, str] = {
@@ -163,7 +181,7 @@ def chosen(of: Whole, rule: str) -> dict[int, list[list[list[int]]]]:
     for block, budget in budgets.items():
         seen = cached.Seen(of.weights[block], of.caches[block][0], of.weights[block])
         (stay[block],) = cached.choices(
-            [seen], real, lambda _, block=block: score(block), [budget], JOINT.get(rule), **ends
+            [seen], real, lambda _, block=block: score(block), [budget], CHOICES.get(rule), **ends
         )
     return stay
 
@@ -188,7 +206,28 @@ def test_caches_hold_the_keys_of_the_naive_form_or_the_rule_is_refused(name: str
             continue
         most = max(sum(map(len, heads)) for heads in stay[block])
         assert layer.keys.shape[1] * layer.keys.shape[2] == most
+        if rule in MERGED:
+            continue
         cached.check_held(layer, keys, values, stay[block], rule in JOINT)
+    if rule in MERGED:
+        layers = [out.past_key_values.layers[block] for block in stay]
+        full = [SimpleNamespace(keys=of.caches[block][0], values=of.caches[block][1]) for block in stay]
+        assert merging.check(layers, full, [merged(of, rule, block) for block in stay]) > 0
+
+
+def merged(of: Whole, rule: str, block: int) -> list[list[list[Any]]]:
+    """For each row and head of a block what its cache holds where keys are merged as they are cached."""
+    given, score, _ = RULES[rule]
+    keys, values = of.caches[block]
+    rows: list[list[list[Any]]] = []
+    for row, valid in enumerate(of.it.inputs["attention_mask"].bool()):
+        places = valid.nonzero()[:, 0].tolist()
+        heads = score(block)(cached.Seen(of.weights[block], keys, of.weights[block]), row, places)
+        rows.append([])
+        for scores, key, value in zip(heads, keys[row, :, places], values[row, :, places], strict=True):
+            found = merging.of_head(scores, key, key, value, None, BUDGET, given["alike"])
+            rows[-1].append([(places[c], [places[j] for j in group], k, v) for c, group, k, v in found])
+    return rows
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def by_hand(
 
     def votes(seen: cached.Seen, row: int, places: list[int]) -> cached.Heads:
         heads = []
-        for of_group in cached._groups(seen, row):
+        for of_group in cached.groups(seen, row):
             rows = of_group[:, tokens:].sum(1).mean(0)
             assert float(rows.sum()) == pytest.approx(count)
             own = [float(rows[j]) for j in places]
