@@ -34,13 +34,20 @@ class Seen:
     value: Tensor | None = None
 
 
+Sight = Callable[[int, Tensor, Tensor], Tensor]
+"""What queries see: given the number of a call, queries and keys, bool [B, H, T, T]."""
+
+
 @contextmanager
-def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> Iterator[list[Seen]]:
+def observed(
+    model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0, sight: Sight | None = None
+) -> Iterator[list[Seen]]:
     """Let a model's text attend to itself by attention that remembers what it was given, in order of the layers.
 
     Args:
         stay: for each layer the prompt's keys that later queries see, bool [B, Hkv, prompt].
         prompt: how many of the tokens are the prompt's.
+        sight: what each query sees, beside all that; None: everything.
     """
     calls: list[Seen] = []
 
@@ -67,6 +74,8 @@ def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> 
         if stay and own:
             seen = stay[len(calls)].repeat_interleave(groups, 1)[:, :, None]
             logits[:, :, prompt:, :prompt] = logits[:, :, prompt:, :prompt].masked_fill(~seen, -torch.inf)
+        if sight is not None and own:
+            logits = logits.masked_fill(~sight(len(calls), query, key), -torch.inf)
         if s_aux is not None:
             sink = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
@@ -117,6 +126,16 @@ def mass(seen: Seen, row: int, places: list[int], reduce: str, window: int = 0) 
             got = of_group[:, voters, j].sum(1).mean(0)
             each.append(float(got) / (sum(i >= j for i in voters) if reduce == "seen" else 1))
         heads.append(each)
+    return heads
+
+
+def ahead(seen: Seen, row: int, places: list[int], count: int, kernel: int = 1) -> Heads:
+    """DapQ (2026): attention from the tokens behind a prompt, so many, the sum, pooled."""
+    heads = []
+    for of_group in groups(seen, row):
+        got = of_group[:, -count:].sum(1).mean(0)
+        own = [float(got[j]) for j in places]
+        heads.append([_pooled(own, order, kernel, "avg") for order in range(len(own))])
     return heads
 
 
