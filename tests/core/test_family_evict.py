@@ -100,7 +100,7 @@ def _cell_reasons(reasons: dict[str, dict[str, str]]) -> dict[tuple[str, str], s
 
 REFUSED, ENDED = _cell_reasons(NOT_EVICTED), _cell_reasons(NOT_CONTINUED)
 DIFFERENT = "llama gpt2 gemma2 falcon gpt_oss deepseek_v3 qwen2_vl mllama"
-SOME = dict.fromkeys(("ems", "treekv", "dapq"), DIFFERENT)
+SOME = dict.fromkeys(("treekv", "dapq"), DIFFERENT)
 """Rules that are tried on some families alone, of different attention."""
 OWN_ATTENTION = {"falcon": "FalconAttention"}
 """Models whose attention is their own, not transformers' to choose, and its class."""
