@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,20 @@ class Seen:
     value: Tensor | None = None
 
 
+Sight = Callable[[int, Tensor, Tensor], Tensor]
+"""What queries see: given the number of a call, queries and keys, bool [B, H, T, T]."""
+
+
 @contextmanager
-def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> Iterator[list[Seen]]:
+def observed(
+    model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0, sight: Sight | None = None
+) -> Iterator[list[Seen]]:
     """Let a model's text attend to itself by attention that remembers what it was given, in order of the layers.
 
     Args:
         stay: for each layer the prompt's keys that later queries see, bool [B, Hkv, prompt].
         prompt: how many of the tokens are the prompt's.
+        sight: what each query sees, beside all that; None: everything.
     """
     calls: list[Seen] = []
 
@@ -67,6 +74,8 @@ def observed(model: nn.Module, stay: Sequence[Tensor] = (), prompt: int = 0) -> 
         if stay and own:
             seen = stay[len(calls)].repeat_interleave(groups, 1)[:, :, None]
             logits[:, :, prompt:, :prompt] = logits[:, :, prompt:, :prompt].masked_fill(~seen, -torch.inf)
+        if sight is not None and own:
+            logits = logits.masked_fill(~sight(len(calls), query, key), -torch.inf)
         if s_aux is not None:
             sink = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
@@ -98,22 +107,47 @@ def votes(seen: Seen, row: int, places: list[int], window: int, kernel: int = 1,
         for each cached head a number for each real token; the window's own are 0.
     """
     last, heads = places[-window:], []
-    for of_group in _groups(seen, row):
+    for of_group in groups(seen, row):
         raw = [0.0 if j in last else float(of_group[:, last, j].mean(1).mean(0)) for j in places]
         heads.append([_pooled(raw, j, kernel, pool) for j in range(len(places))])
     return heads
 
 
-def mass(seen: Seen, row: int, places: list[int], reduce: str) -> Heads:
-    """H2O (Zhang et al. 2023): attention from all queries, its sum or its mean over the queries that see the key."""
-    heads = []
-    for of_group in _groups(seen, row):
+def mass(seen: Seen, row: int, places: list[int], reduce: str, window: int = 0) -> Heads:
+    """H2O (Zhang et al. 2023): attention from all queries, its sum or its mean over the queries that see the key.
+
+    Args:
+        window: how many last queries count; 0: all.
+    """
+    heads, voters = [], places[-window:]
+    for of_group in groups(seen, row):
         each = []
-        for order, j in enumerate(places):
-            got = of_group[:, places, j].sum(1).mean(0)
-            each.append(float(got) / (len(places) - order if reduce == "seen" else 1))
+        for j in places:
+            got = of_group[:, voters, j].sum(1).mean(0)
+            each.append(float(got) / (sum(i >= j for i in voters) if reduce == "seen" else 1))
         heads.append(each)
     return heads
+
+
+def ahead(seen: Seen, row: int, places: list[int], count: int, kernel: int = 1) -> Heads:
+    """DapQ (2026): attention from the tokens behind a prompt, so many, the sum, pooled."""
+    heads = []
+    for of_group in groups(seen, row):
+        got = of_group[:, -count:].sum(1).mean(0)
+        own = [float(got[j]) for j in places]
+        heads.append([_pooled(own, order, kernel, "avg") for order in range(len(own))])
+    return heads
+
+
+def age(seen: Seen, row: int, places: list[int]) -> Heads:
+    """StreamingLLM (Xiao et al. 2024): the last tokens stay."""
+    return [[float(j) for j in places] for _ in range(seen.key.shape[1])]
+
+
+def newest(seen: Seen, row: int, places: list[int]) -> Heads:
+    """TOVA (Oren et al. 2024): attention of the last query, the mean over all heads, which choose together."""
+    middle = seen.weights[row, :, places[-1]].double().mean(0)
+    return [[float(middle[j]) for j in places] for _ in range(seen.key.shape[1])]
 
 
 def smallness(seen: Seen, row: int, places: list[int]) -> Heads:
@@ -139,7 +173,7 @@ def luck(seen: Seen, row: int, places: list[int], seed: int, block: int) -> Head
     ]
 
 
-def _groups(seen: Seen, row: int) -> Iterator[Tensor]:
+def groups(seen: Seen, row: int) -> Iterator[Tensor]:
     """Probabilities of the query heads that share a cached head, float64 [heads, Tq, Tk], one cached head at a time."""
     size = seen.query.shape[1] // seen.key.shape[1]
     for cached in range(seen.key.shape[1]):
@@ -238,12 +272,20 @@ def flattened(heads: list[list[int]]) -> list[tuple[int, int]]:
 Score = Callable[[Seen, int, list[int]], Heads]
 
 
+class Choice(Protocol):
+    """How the keys of a row's heads are chosen by their scores."""
+
+    def kept(self, heads: Heads, budget: int, sinks: int = 0, recent: int = 0) -> list[list[int]]:
+        """Of each head the keys that stay, ascending."""
+        ...
+
+
 def choices(
     calls: Sequence[Seen],
     real: list[list[bool]],
     score: Callable[[int], Score],
     budgets: Sequence[int],
-    joint: Joint | None = None,
+    joint: Choice | None = None,
     **ends: int,
 ) -> list[list[list[list[int]]]]:
     """Which keys stay: for each layer, row and cached head their places, ascending."""

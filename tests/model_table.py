@@ -28,6 +28,7 @@ TESTS = {
     "test_generate_under_a_rule_equals_a_run_by_hand": "rule generates",
     "test_caches_hold_the_keys_of_the_naive_form_or_the_rule_is_refused": "evict",
     "test_generate_equals_a_run_that_hides_what_was_evicted": "evict generates",
+    "test_steps_attend_to_the_keys_of_the_naive_form_or_the_rule_is_refused": "route",
 }
 """What a test says, by its name; the second part of its id, a stack, rule or kind of inputs, follows after a comma."""
 FILES = (
@@ -36,6 +37,7 @@ FILES = (
     "test_family_generate.py",
     "test_family_rules.py",
     "test_family_evict.py",
+    "test_family_routes.py",
 )
 HELD = ("exact", "equal")
 HOW = ("drop", "export")
@@ -59,7 +61,14 @@ class Results:
 
 def _outcome(report: pytest.TestReport, family: str, part: str | None) -> str:
     """What a test of a family and one of its stacks, or a rule, found."""
-    from core import test_families, test_family_evict, test_family_generate, test_family_inputs, test_family_rules
+    from core import (
+        test_families,
+        test_family_evict,
+        test_family_generate,
+        test_family_inputs,
+        test_family_routes,
+        test_family_rules,
+    )
 
     if report.outcome != "passed":
         return report.outcome
@@ -68,7 +77,9 @@ def _outcome(report: pytest.TestReport, family: str, part: str | None) -> str:
     if "hides_what_was_evicted" in report.nodeid:
         return _said("equal", test_family_evict.ENDED.get((family, part or "")))
     if "test_caches_hold" in report.nodeid:
-        return _said("exact", test_family_evict.REFUSED.get(family))
+        return _said("exact", test_family_evict.REFUSED.get((family, part or "")))
+    if "test_steps_attend" in report.nodeid:
+        return _said("equal", test_family_routes.NOT_ROUTED.get((family, part or "")))
     if "test_generate_under" in report.nodeid:
         return "equal"
     why = (test_families.REFUSED | test_family_inputs.REFUSED | test_family_rules.REFUSED).get((family, part or ""))
@@ -156,8 +167,11 @@ def _rules(cells: dict[str, dict[str, str]]) -> list[str]:
 def _caches(cells: dict[str, dict[str, str]]) -> list[str]:
     """The table of the rules that evict, of the families that have cells of them."""
     from core.test_family_evict import CONTINUED, RULES
+    from core.test_family_routes import TRIED
 
     columns = [f"evict, {name}" for name in RULES] + [f"evict generates, {name}" for name in CONTINUED]
+    columns += [f"route, {name}" for name in TRIED]
+    heads = [*RULES, *(f"{name}, generate" for name in CONTINUED), *TRIED]
     lines = [
         "## Caches",
         "",
@@ -168,7 +182,13 @@ def _caches(cells: dict[str, dict[str, str]]) -> list[str]:
         "hidden from it. *refused* is an error that says why; an empty cell was not tried. Layers that attend in a",
         "window keep what that holds.",
         "",
-        f"| family | {' | '.join(RULES)} | {' | '.join(f'{name}, generate' for name in CONTINUED)} |",
+        "`ems` merges keys as they are cached (`space: turned`): what it keeps is the model's to the last bit, what it",
+        "merges is within 2e-5 of the naive form. Under `dapq` the model's own are those of the prompt with the same",
+        "tokens behind it. `tokenselect` and `fasa` keep all keys and choose in each step which ones to attend to:",
+        "*equal* says of two steps what *generate* says, where all but the choice of the naive form is hidden.",
+        "Positions are those of the text (`positions: keep`) wherever a rule has a say in them.",
+        "",
+        f"| family | {' | '.join(heads)} |",
         "| --- " * (len(columns) + 1) + "|",
     ]
     for family, row in cells.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from attending import attending
-from cached import kept
+from cached import Heads, kept
 from torch import Tensor, nn
 
 
@@ -107,6 +107,18 @@ def by_turns(budget: int, sinks: int = 0, recent: int = 0) -> Choose:
         return [key for key, _ in both], before - len(both)
 
     return choose
+
+
+class Turns:
+    """Keys of neighbouring pairs go, one pair after the other, where lists of scores are all that is known."""
+
+    def kept(self, heads: Heads, budget: int, sinks: int = 0, recent: int = 0) -> list[list[int]]:
+        """Of each head the keys that stay, ascending."""
+        choose, stay = by_turns(budget, sinks, recent), []
+        for scores in heads:
+            keys = [Key(place, 0.0, 0, torch.empty(0)) for place in range(len(scores))]
+            stay.append([key.place for key in choose(keys, scores, 0)[0]])
+        return stay
 
 
 @contextmanager
