@@ -123,8 +123,10 @@ def mass(seen: Seen, row: int, places: list[int], reduce: str, window: int = 0) 
     for of_group in groups(seen, row):
         each = []
         for j in places:
-            got = of_group[:, voters, j].sum(1).mean(0)
-            each.append(float(got) / (sum(i >= j for i in voters) if reduce == "seen" else 1))
+            got = of_group[:, voters, j]
+            # Those that give it any attention: in some models images are seen by what stands before them, too.
+            viewers = int((got > 0).any(0).sum()) if reduce == "seen" else 1
+            each.append(float(got.sum(1).mean(0)) / viewers)
         heads.append(each)
     return heads
 
