@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import wrap_triton
-
-BLOCK = 2048
+from ._triton_rows import listed
 
 
 def supports(keep: Tensor, length: Any) -> str | None:
@@ -22,13 +19,7 @@ def supports(keep: Tensor, length: Any) -> str | None:
 
 def launch(keep: Tensor, length: Any) -> Tensor:
     """As the reference."""
-    batch, tokens = keep.shape
-    out = torch.empty((batch, length), dtype=torch.int64, device=keep.device)
-    if not (isinstance(length, int) and length == 0):
-        wrap_triton(_list)[(batch,)](
-            keep, out, keep.stride(0), keep.stride(1), tokens, length, BLOCK=BLOCK, num_warps=8
-        )
-    return out
+    return listed(_list, keep, length)
 
 
 @triton.jit
