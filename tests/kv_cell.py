@@ -117,7 +117,8 @@ def main() -> None:
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    *_, cache = run(1)
+    prompt, _, cache = run(1)
+    prompts.append(prompt)
     print(
         json.dumps(
             {

@@ -31,10 +31,10 @@ INTRO = """\
 
 What `make bench-kv` measured: {made}.
 A Llama of {parameters:.0f} million parameters with random weights, float32, {threads} threads, batch 1, in `generate`.
-*Prefill* is the time to the first token, the best of {rounds}; *decode* the median of the {steps} tokens after it, the
-best of {turns} processes, which took turns with those they are compared with. {peer} has the same weights, method and
-budget, in eager mode, which is how it runs. *Ideal* is a prompt of as many tokens as the budget, compiled in the same
-way, of which nothing is evicted.
+*Prefill* is the time to the first token, the best of all runs; *decode* the median of the {steps} tokens after it, the
+best of {turns} processes. These took turns with the others of their context: lines of one context were measured
+together. {peer} has the same weights, method and budget, in eager mode, which is how it runs. *Ideal* is a prompt of as
+many tokens as the budget, compiled in the same way, of which nothing is evicted.
 
 How many times longer the others take than tokred (above 1: tokred is faster):
 
@@ -96,6 +96,21 @@ def rows(rule: str, context: int, budget: int, found: dict[str, dict[str, Any]])
     return times, start + " | ".join([f"{held:.3f}", *(f"{peak:.0f}" for peak in peaks)]) + " |"
 
 
+def merged(page: str, tables: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The lines of a page, those that were measured anew in place of the old ones."""
+    lines = [line for line in page.splitlines() if line.startswith("|") and line.split()[3].isdigit()]
+    half = len(lines) // 2
+    kept = {_cell(times): (times, memory) for times, memory in zip(lines[:half], lines[half:], strict=True)}
+    kept |= {_cell(times): (times, memory) for times, memory in tables}
+    return [kept[cell] for cell in sorted(kept, key=lambda cell: cell[::-1])]
+
+
+def _cell(line: str) -> tuple[str, int]:
+    """Rule and context of a line."""
+    words = line.split()
+    return words[1], int(words[3])
+
+
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -108,6 +123,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="processes of each way")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--environment", type=Path, default=Path("build/kvpress"))
+    parser.add_argument("--keep", action="store_true", help="lines of the page that are not measured now stay")
     parser.add_argument("--pip", nargs="*", default=[], help="further arguments of pip install")
     given = parser.parse_args()
     other = peer_python(given.environment, given.pip)
@@ -125,12 +141,13 @@ def main() -> None:
             mine = {way: found[f"{way} {rule}"] for way in ("tokred", "kvpress")}
             tables.append(rows(rule, context, given.budget, found | mine))
             print(*tables[-1], sep="\n", flush=True)
+    if given.keep:
+        tables = merged(PAGE.read_text(), tables)
     versions = f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads"
     page = INTRO.format(
         made=f"{datetime.date.today()}, {versions}",
         parameters=given.layers * 7.67 + 12.3,
         threads=given.threads,
-        rounds=given.rounds * given.turns,
         turns=given.turns,
         steps=given.steps,
         peer=PEER,
