@@ -41,6 +41,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "attention_row": lambda: (
         *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), places(20, 2), 0.5, False, 2.0, "max", None),
     ),
+    "farthest_mask": lambda: (made(0, 2, 12, 12).abs(), made(1, 2, 12), bools(2, 12), 5),
     "fill_mask": lambda: ([bools(2, 12), bools(2, 12).flip(1)], made(0, 2, 12), bools(2, 12), 5),
     "gather_keys": lambda: (made(0, 2, 3, 9, 4), places(9, 2, 3, 5)),
     "gather_many": lambda: (
@@ -70,6 +71,10 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(made(0, 2, 20, 8), made(1, 2, 20).abs(), places(20, 2, 14), places(20, 2, 6), places(14, 2, 6), True),
     ),
     "pair_scores": lambda: (made(0, 2, 4, 8), made(1, 2, 2, 20, 8), places(3, 2, 1), bools(2, 20), 1, 3, False),
+    "received_by_sums": lambda: (
+        *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), made(2, 2, 4, 20).abs() + 3, bools(2, 20)),
+        *(0.5, True, "mean", "mean"),
+    ),
     "topk_mask": lambda: (made(0, 2, 12), bools(2, 12), 5),
     "turn_pairs": lambda: (made(0, 2, 3, 9, 8), places(9, 2, 9), places(8, 2, 9), made(2, 3).abs(), 1, False),
     "unturn_keys": lambda: (made(0, 2, 3, 9, 8), made(1, 1, 1, 9, 6).cos(), made(1, 1, 1, 9, 6).sin() + 2, True),
@@ -79,4 +84,4 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 def all_names() -> set[str]:
     """The operators with kernels, and the kernels of several."""
-    return {*kernels.kernel_names(), "attend_chosen", "gather_many"}
+    return {*kernels.kernel_names(), *kernels.joint_names()}

@@ -159,7 +159,8 @@ def _rules(cells: dict[str, dict[str, str]]) -> list[str]:
     lines += [
         "",
         "Models without images in their text refuse all of them. Positions in time, height and width are kept, as they",
-        f"cannot be numbered anew: `random` and `hiprune` need `positions: keep` on {', '.join(COORDINATES)}.",
+        "cannot be numbered anew: `random`, `divprune` and `hiprune` need `positions: keep` on",
+        f"{', '.join(COORDINATES)}.",
     ]
     return lines
 
@@ -167,11 +168,11 @@ def _rules(cells: dict[str, dict[str, str]]) -> list[str]:
 def _caches(cells: dict[str, dict[str, str]]) -> list[str]:
     """The table of the rules that evict, of the families that have cells of them."""
     from core.test_family_evict import CONTINUED, RULES
-    from core.test_family_routes import TRIED
+    from core.test_family_routes import ROUTES
 
     columns = [f"evict, {name}" for name in RULES] + [f"evict generates, {name}" for name in CONTINUED]
-    columns += [f"route, {name}" for name in TRIED]
-    heads = [*RULES, *(f"{name}, generate" for name in CONTINUED), *TRIED]
+    columns += [f"route, {name}" for name in ROUTES]
+    heads = [*RULES, *(f"{name}, generate" for name in CONTINUED), *ROUTES]
     lines = [
         "## Caches",
         "",

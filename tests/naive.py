@@ -395,6 +395,34 @@ def random(keep: int | float | str = "1/3", seed: int = 0, among: str = "image",
     return Cut(0, choose, compact=True)
 
 
+def divprune(keep: int | float | str = 0.098) -> Cut:
+    """DivPrune: image tokens far from each other, in float64; no token twice. Positions count anew."""
+
+    def choose(state: State) -> Kept:
+        out = []
+        for hidden, image in zip(state.hidden.double(), state.image.tolist(), strict=True):
+            among = [i for i, is_image in enumerate(image) if is_image]
+            chosen = spread_out(hidden[among], count(keep, len(among), nearest=True))
+            out.append(sorted({*(among[i] for i in chosen), *(i for i in range(len(image)) if not image[i])}))
+        return out
+
+    return Cut(0, choose, compact=True)
+
+
+def spread_out(tokens: Tensor, budget: int) -> list[int]:
+    """Places of tokens [T, C] in the order of a walk from the loneliest to the farthest from all before, and so on."""
+    units = tokens / tokens.norm(dim=1, keepdim=True)
+    apart = (1 - units @ units.T).tolist()
+    walk: list[int] = []
+    for _ in range(budget):
+        nearest = {}
+        for i in range(len(apart)):
+            others = walk or [j for j in range(len(apart)) if j != i]
+            nearest[i] = min((apart[i][j] for j in others), default=0.0)
+        walk.append(min((i for i in nearest if i not in walk), key=lambda i: (-nearest[i], i)))
+    return walk
+
+
 def longest(layer: int, keep: int) -> Cut:
     """Patches whose vectors are longest, and every class token; for a tower."""
 

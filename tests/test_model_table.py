@@ -60,9 +60,9 @@ def test_a_cell_of_a_rule_is_recorded_shown_and_missed_when_lost() -> None:
     cells = results.cells
     assert cells["llava"]["rule, fastv"] == cells["llava"]["rule keeps all, fastv"] == "exact"
     text = model_table.page(cells, "versions").partition("## Rules")[2]
-    assert "| family | fastv | exported | generate | hiprune | exported | generate | random | exported |" in text
-    assert "| llava | exact |  | equal |  |  |  | exact; keep all: failed | exact |  |" in text
-    assert "| llava_next |  |  |  | refused: takes the token axis apart |  |  |  |  |  |" in text
+    assert "| family | divprune | exported | generate | fastv | exported | generate | hiprune | exported |" in text
+    assert "| llava |  |  |  | exact |  | equal |  |  |  | exact; keep all: failed | exact |  |" in text
+    assert "| llava_next |  |  |  |  |  |  | refused: takes the token axis apart |  |  |  |  |  |" in text
     later = {**cells, "llava": {**cells["llava"], "rule, fastv": "failed"}}
     assert model_table.lost(cells, later) == ["llava: rule, fastv was exact, is failed"]
 

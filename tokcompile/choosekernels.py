@@ -28,6 +28,7 @@ from tokcompile.errors import LowerError, known
 from tokcompile.fuseattends import fuse_attends
 from tokcompile.groupgathers import group_gathers
 from tokcompile.kernels import _triton
+from tokcompile.sharesums import share_sums
 
 SETTING = "TOKRED_KERNELS"
 SETTINGS = ("auto", "off", "on")
@@ -130,6 +131,7 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
     if not nodes:
         return choices
     fuse_attends(gm.graph, nodes)
+    share_sums(gm.graph, [node for node in nodes if not node._erased])
     nodes = [node for node in nodes if not node._erased]
     group_gathers(gm.graph, nodes)
     for node in nodes:

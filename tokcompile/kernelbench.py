@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokcompile import kernels
 from tokcompile.errors import LowerError, known
+from tokcompile.kernelrivals import RIVALS, Rival
 from tokcompile.kernels import _library
 from tokcompile.kernelworkloads import WORKLOADS, Maker, held
 from tokcompile.report import versions
@@ -40,6 +41,8 @@ class Row:
         held: bytes of all tensors, by which kernels are chosen.
         kernel, reference: milliseconds; of the reference as Inductor compiles it.
         share: bytes a second that the kernel moves, of those of a copy of that size.
+        others: milliseconds of what `kernelrivals.py` has for the operator, or why one failed: what stores all weights
+            does when memory ends.
     """
 
     op: str
@@ -50,6 +53,7 @@ class Row:
     kernel: float
     reference: float
     share: float
+    others: dict[str, float | str] = field(default_factory=dict)
 
     @property
     def gain(self) -> float:
@@ -116,11 +120,11 @@ def l2_bytes() -> int:
     return torch.cuda.get_device_properties().L2_cache_size
 
 
-def needs_gpu() -> None:
+def needs_gpu(what: str = "kernels") -> None:
     """Raise LowerError where no GPU is here."""
     if not torch.cuda.is_available():
         raise LowerError(
-            "kernels are measured on a GPU, and there is none here",
+            f"{what} are measured on a GPU, and there is none here",
             found=f"torch {torch.__version__}, torch.cuda.is_available() is False",
             remedy="run it on a machine with a GPU and a build of torch for it; nothing is estimated without one",
         )
@@ -137,7 +141,7 @@ def names(asked: Sequence[str]) -> list[str]:
     Raises:
         LowerError: one that is asked for has no kernel.
     """
-    every = [*kernels.kernel_names(), "attend_chosen", "gather_many"]
+    every = [*kernels.kernel_names(), *kernels.joint_names()]
     for name in asked:
         if name not in every:
             raise LowerError(f"operator '{name}' has no kernel", remedy=known(name, every))
@@ -190,23 +194,42 @@ def _measure(result: Result, op: str, maker: Maker, clock: Clock) -> None:
     made = [each for each in tree_leaves(run(*args)) if isinstance(each, torch.Tensor)]
     tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
     torch._dynamo.reset()
-    plain = torch.compile(_library.kernel_reference(op), dynamic=False)
+    plain = torch.compile(_usual(op), dynamic=False)
     spent, usual = clock(lambda: run(*args)), clock(lambda: plain(*args))
     moved = load.moved(args, made)
     dtype = str(max([*tensors, *made], key=held).dtype).removeprefix("torch.")
     share = moved / spent / result.copy[maker.size]
-    result.rows.append(Row(op, dtype, maker.size, moved, held(*tensors, *made), spent, usual, share))
+    others = {name: _timed(rival, args, clock) for name, rival in RIVALS.get(op, {}).items()}
+    result.rows.append(Row(op, dtype, maker.size, moved, held(*tensors, *made), spent, usual, share, others))
+
+
+def _timed(rival: Rival, args: tuple[Any, ...], clock: Clock) -> float | str:
+    try:
+        return clock(rival(*args))
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _usual(op: str) -> Callable[..., Any]:
+    """What a compiled graph runs without the kernel: the operator, or the reference of a kernel for several at once."""
+    known = op in _library.names()
+    return getattr(torch.ops.tokred, op) if known else _library.kernel_reference(op)
 
 
 def render(result: Result, plain: bool) -> RenderableType:
     """A table for a terminal; a plain one has no frame."""
     table = Table(title=None if plain else result.device, box=None if plain else Table().box)
-    for title in ("operator", "dtype", "MB moved", "kernel ms", "reference ms", "gain", "of copy"):
-        table.add_column(title, justify="left" if title in ("operator", "dtype") else "right")
+    for title in ("operator", "dtype", "MB moved", "kernel ms", "reference ms", "gain", "of copy", "others"):
+        table.add_column(title, justify="left" if title in ("operator", "dtype", "others") else "right")
     for row in result.rows:
         figures = f"{row.moved / 1e6:.1f}", f"{row.kernel:.3f}", f"{row.reference:.3f}", f"{row.gain:.2f}x"
-        table.add_row(row.op, row.dtype, *figures, f"{row.share:.0%}")
+        others = ", ".join(f"{name} {_gain(spent, row)}" for name, spent in row.others.items())
+        table.add_row(row.op, row.dtype, *figures, f"{row.share:.0%}", others)
     return table
+
+
+def _gain(spent: float | str, row: Row) -> str:
+    return "failed" if isinstance(spent, str) else f"{spent / row.kernel:.2f}x"
 
 
 def write_table(result: Result, path: Path) -> None:

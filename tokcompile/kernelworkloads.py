@@ -156,6 +156,13 @@ def _received(m: Maker) -> tuple[Any, ...]:
     return *_site(m), None, None, HEAD**-0.5, True, 0.0, "mean", "mean", None
 
 
+def _received_by_sums(m: Maker) -> tuple[Any, ...]:
+    """Sums as of rows whose keys are all alike."""
+    query, key = _site(m)
+    sums = torch.arange(1, query.shape[2] + 1, device=m.device).log().expand(query.shape[:3])
+    return query, key, sums, None, HEAD**-0.5, True, "mean", "mean"
+
+
 def _received_by_head(m: Maker) -> tuple[Any, ...]:
     """From a window of 64 queries."""
     return *_site(m, 64), None, None, 64, HEADS, HEAD**-0.5, False, 0.0, "mean", "mean", None
@@ -212,12 +219,21 @@ def _merge_pairs(m: Maker) -> tuple[Any, ...]:
     return m.floats(1, 4 * quarter, 1024), size, order[:, : 3 * quarter], order[:, 3 * quarter :], into, True
 
 
+def _walk(m: Maker) -> tuple[Any, ...]:
+    """Images of 576 tokens, of which a ninth is chosen."""
+    images = m.units(64 * 576 * m.dtype.itemsize)
+    tokens = m.floats(images, 576, 64)
+    return torch.cdist(tokens, tokens).to(m.dtype), m.floats(images, 576), None, 64
+
+
 ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
     "attend": Workload(_attend, _all),
     "attend_chosen": Workload(_attend_chosen, lambda args, results: held(args[1]) // 2 + held(args[4], *results)),
     "attention_received": Workload(_received, _all),
     "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
+    # A row of distances for each token that is chosen.
+    "farthest_mask": Workload(_walk, lambda args, results: args[3] * held(args[1], *results), ONE),
     "fill_mask": Workload(
         lambda m: ([m.flags(*_scores(m).shape, share=0.1)], _scores(m), None, ROW // 4),
         lambda args, results: held(*args[0], args[1], *results),
@@ -238,6 +254,7 @@ WORKLOADS: dict[str, Workload] = {
     "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),
     "merge_pairs": Workload(_merge_pairs, _all),
     "pair_scores": Workload(_pair_scores, _all),
+    "received_by_sums": Workload(_received_by_sums, _all),
     "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
     "turn_pairs": Workload(_turn, _all),
     "unturn_keys": Workload(_unturn, _all),

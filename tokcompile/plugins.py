@@ -13,7 +13,7 @@ PASSES = "tokcompile.passes"
 OPS = "tokcompile.ops"
 BUILT_IN = {
     "score": ("attention_received", "norm", "cosine", "random", "recency", "joined"),
-    "select": ("topk", "neighbours", "fill", "protect", "pooled", "pairwise"),
+    "select": ("topk", "neighbours", "fill", "diverse", "protect", "pooled", "pairwise"),
     "merge": ("pairs", "pool", "nearest", "kmeans", "transport", "clips", "density_peaks", "super_tokens", "likeness"),
     "layer": ("attention", "gated"),
     "place": ("variable", "compact", "per_image", "slots"),

@@ -69,6 +69,7 @@ GOLDENS = {
     "fastv": ({"rule": "fastv", "keep": 5}, {"inserted": 22, "rewired": 8, "repaired": 9}),
     "hiprune": ({"rule": "hiprune", "keep": 5, "alpha": 1.0}, {"inserted": 43, "rewired": 18, "repaired": 27}),
     "random": ({"rule": "random", "keep": 5}, {"inserted": 35, "rewired": 18, "repaired": 27}),
+    "divprune": ({"rule": "divprune", "keep": 5}, {"inserted": 38, "rewired": 18, "repaired": 27}),
     "visionzip": (
         {"rule": "visionzip", "dominant": 4, "contextual": 2},
         {"inserted": 65, "rewired": 18, "repaired": 27},

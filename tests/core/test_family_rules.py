@@ -41,6 +41,7 @@ REFUSED = {
     ("llava_onevision", "hiprune"): GRID,  # and that is resampled
     ("mllama", "fastv"): CROSS,  # text attends to patches, which are no tokens of its own
     ("mllama", "random"): CROSS,
+    ("mllama", "divprune"): CROSS,
     ("mllama", "hiprune"): NO_GRID,  # tiles of one picture
     ("molmo2", "hiprune"): NO_GRID,  # attention pools patches
 }
@@ -50,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fastv": {"keep": 7},
     "hiprune": {"keep": 11, "alpha": 1.0, "object_layer": 1},  # two anchors
     "random": {"keep": 7},
+    "divprune": {"keep": 7},
 }
 assert set(OPTIONS) <= set(rule_names())  # merges and marks have tests of their own, test_pairs and test_mark_families
 
@@ -123,6 +125,20 @@ def last_row(it: families.Subject, layer: int) -> Tensor:
     return weights[torch.arange(len(last)), :, last].mean(1)
 
 
+@torch.no_grad()
+def embedded(it: families.Subject) -> Tensor:
+    """What the first decoder layer reads, [B, T, C]."""
+    seen: list[Tensor] = []
+    decoder = it.model.get_decoder()
+    first = (decoder.layers if hasattr(decoder, "layers") else decoder.blocks)[0]
+    hook = first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    it.model(**it.inputs)
+    hook.remove()
+    return seen[0]
+
+
 def chosen(it: families.Subject, rule: str, layer: int = 2) -> list[byhand.Kept]:
     """The tokens that a rule keeps under `OPTIONS`, a list for each drop: hiprune drops patches, and text follows."""
     keep = OPTIONS[rule]["keep"]
@@ -131,6 +147,8 @@ def chosen(it: families.Subject, rule: str, layer: int = 2) -> list[byhand.Kept]
     if rule == "random":
         luck = torch.tensor([naive.lucky(image(it).shape[1], 0)] * len(image(it)))
         return [naive.looked_at(luck, image(it), keep)]
+    if rule == "divprune":
+        return [naive.divprune(keep).choose(naive.State(embedded(it), it.inputs["attention_mask"].bool(), image(it)))]
     feature = getattr(it.model.config, "vision_feature_layer", -1)  # of the states, the first of which precede blocks
     middle, deep = (towers.received(it, block) for block in (0, feature))
     width = towers.GRIDS[it.family.name].columns

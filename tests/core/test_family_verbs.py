@@ -127,7 +127,7 @@ def _cells() -> list[Any]:
 
 
 def test_every_rule_of_these_verbs_is_tried() -> None:
-    others = {"fastv", "hiprune", "random"}  # in test_family_rules
+    others = {"divprune", "fastv", "hiprune", "random"}  # in test_family_rules
     alone = {"image", "aot_video"}  # returns no logits; takes videos: each in a test of its own
     caches = {name for name in rule_names() if any(s.verb in ("evict", "route") for s in load_rule(name).steps)}
     assert set(OPTIONS) | others | alone | caches == set(rule_names())

@@ -10,6 +10,7 @@ import kernelcases
 import pytest
 import torch
 from launched import DEVICE
+from rich.console import Console
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
@@ -17,6 +18,8 @@ from tokcompile import kernelbench, kernels
 from tokcompile.choosekernels import TABLE, measured
 from tokcompile.cli import app
 from tokcompile.kernelbench import Result, Row
+from tokcompile.kernelplot import plot
+from tokcompile.kernelrivals import RIVALS
 from tokcompile.kernelworkloads import WORKLOADS, Maker
 
 RUN = CliRunner()
@@ -78,6 +81,48 @@ def test_an_operator_is_measured_against_its_reference(monkeypatch: pytest.Monke
     assert found.skipped == {"attention": "no workload in kernelworkloads.py"}
     text = json.loads(json.dumps(found.to_dict()))
     assert text["rows"][0]["moved"] and text["versions"]["torch"]
+
+
+@pytest.mark.parametrize("op", sorted(RIVALS))
+def test_what_a_kernel_is_compared_with_does_the_same_job(op: str) -> None:
+    args = WORKLOADS[op].make(Maker(torch.device("cpu"), torch.float32, 1 << 17))
+    wanted = kernels.kernel_op(op)(*args) if op == "attend_chosen" else getattr(torch.ops.tokred, op)(*args)
+    for name, rival in RIVALS[op].items():
+        if name == "flex":  # for a GPU; the same call as sdpa
+            continue
+        made = rival(*args)()
+        if "sdpa" in name and op == "attention_received":
+            assert made.shape == args[0].shape
+        elif name == "sdpa, all keys" or op == "keep_keys":  # all keys, and no ends that stay
+            assert made.shape == wanted.shape
+        elif op == "match_pairs":
+            order, partner = made
+            count, stay = args[1], wanted.shape[1] - 2 * args[1]
+            assert torch.equal(order[:, :count] * 2, wanted[:, stay : stay + count])
+            assert partner.shape == (len(order), count)
+        else:
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_fails_beside_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rival(*args: object) -> Callable[[], object]:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setitem(RIVALS, "gather_keys", {"gather": RIVALS["gather_keys"]["gather"], "other": rival})
+    found = kernelbench.bench(["gather_keys"], [1 << 14], lambda run: run() is not None and 2.0, DEVICE, "a clock")
+    assert [each.others for each in found.rows] == [{"gather": 2.0, "other": "out of memory"}] * 2
+    text = Console(width=200)
+    with text.capture() as shown:
+        text.print(kernelbench.render(found, True))
+    assert "gather 1.00x, other failed" in shown.get()
+
+
+def test_the_picture_has_a_line_for_each_kernel_and_dtype() -> None:
+    rows = [row(10, 2, 1), row(20, 1, 2), row(10, 1, 2, "fill_mask")]
+    picture = plot(Result("a GPU", rows=rows))
+    assert picture == plot(Result("a GPU", rows=rows[::-1]))
+    assert picture.startswith("<?xml") and "topk_mask float32" in picture and "fill_mask float32" in picture
 
 
 def test_a_kernel_is_chosen_from_the_size_on_from_which_it_always_won(

@@ -64,6 +64,18 @@ def test_budgets_with_groups_first(tokens, groups, seed, every, data):
     same("fill_mask", first, scores(seed, (2, tokens), torch.float32), among, data.draw(budgets(tokens)))
 
 
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=25)
+@given(TOKENS, FLOATS, DTYPES, SEEDS, st.booleans(), st.data())
+def test_walks(tokens, dtype, order, seed, every, data):
+    """Distances with ties, infinities and NaN, in which a walk may not even be symmetric."""
+    among = None if every else mask(seed, (2, tokens))
+    apart, start = scores(seed, (2, tokens, tokens), dtype), scores(seed + 1, (2, tokens), order)
+    same("farthest_mask", apart, start, among, data.draw(budgets(tokens)))
+
+
 @settings(max_examples=20)
 @given(TOKENS, DTYPES, SEEDS, st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 3), st.data())
 def test_keys_that_stay(tokens, dtype, seed, padded, among, first, last, data):

@@ -257,6 +257,17 @@ def leading(count: int) -> Callable[[Context, Node], Dims]:
     return lambda ctx, node: list(ctx.of(node.args[0])[:count])
 
 
+def token_distances(ctx: Context, node: Node) -> Dims:
+    """tokred::token_distances: from each token, to each token."""
+    rows, tokens, _ = ctx.of(node.args[0])
+    return [rows, tokens, tokens]
+
+
+def farthest_mask(ctx: Context, node: Node) -> Dims:
+    """tokred::farthest_mask: the tokens that the walk goes through."""
+    return ctx.of(node.args[1])
+
+
 def clip_source(ctx: Context, node: Node) -> Dims:
     """tokred::clip_source: the tokens that are left of each video."""
     return [ctx.of(node.args[0])[0], fresh(shape(node)[1])]
@@ -326,6 +337,9 @@ OURS: dict[str, Callable[[Context, Node], Any]] = {
     "last_valid": leading(1),
     "token_norm": leading(2),
     "token_cosine": leading(2),
+    "token_distances": token_distances,
+    "nearest_distance": leading(2),
+    "farthest_mask": farthest_mask,
     "fill_mask": pointwise,
     "splice_values": like_first,
     "window_topk_mask": like_first,

@@ -5,8 +5,8 @@ from __future__ import annotations
 if __name__ == "tokcompile.kernels":
     # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
     # repository is on the path: nothing is registered then.
-    from . import attend_chosen, gather_many  # noqa: F401  kernels of several ops
-    from ._library import define, kernel_fault, kernel_names, kernel_op, names, reference_of
+    from . import attend_chosen, gather_many, received_by_sums  # noqa: F401  kernels of several ops
+    from ._library import define, joint_names, kernel_fault, kernel_names, kernel_op, names, reference_of
     from .add_tokens import add_tokens
     from .alike import alike
     from .assign_keys import assign_keys
@@ -27,6 +27,7 @@ if __name__ == "tokcompile.kernels":
     from .dilate_by_width import dilate_by_width
     from .elbow import elbow
     from .end_places import end_places
+    from .farthest_mask import farthest_mask
     from .fill_mask import fill_mask
     from .first_members import first_members
     from .flagged_tokens import flagged_tokens
@@ -63,6 +64,7 @@ if __name__ == "tokcompile.kernels":
     from .merge_pairs import merge_pairs
     from .merge_weights import merge_weights
     from .mix_tokens import mix_tokens
+    from .nearest_distance import nearest_distance
     from .nearest_tokens import nearest_tokens
     from .original_places import original_places
     from .pair_owners import pair_owners
@@ -85,6 +87,7 @@ if __name__ == "tokcompile.kernels":
     from .super_token_pool import super_token_pool
     from .super_token_spread import super_token_spread
     from .token_cosine import token_cosine
+    from .token_distances import token_distances
     from .token_norm import token_norm
     from .token_source import token_source
     from .topk_mask import topk_mask
@@ -119,6 +122,7 @@ __all__ = [
     "dilate_by_width",
     "elbow",
     "end_places",
+    "farthest_mask",
     "fill_mask",
     "first_members",
     "flagged_tokens",
@@ -132,6 +136,7 @@ __all__ = [
     "inserted_source",
     "inverse_map",
     "join_key_scores",
+    "joint_names",
     "keep_keys",
     "keep_pairs",
     "kept_indices",
@@ -159,6 +164,7 @@ __all__ = [
     "merge_weights",
     "mix_tokens",
     "names",
+    "nearest_distance",
     "nearest_tokens",
     "original_places",
     "pair_owners",
@@ -182,6 +188,7 @@ __all__ = [
     "super_token_pool",
     "super_token_spread",
     "token_cosine",
+    "token_distances",
     "token_norm",
     "token_source",
     "topk_mask",

@@ -78,19 +78,22 @@ def wrap_triton(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if isinstance(inner, JITFunction) else kernel
 
 
-def register(schema: str, reference: Callable[..., Any], launch: Callable[..., Any]) -> Kernel:
+def register(
+    schema: str, reference: Callable[..., Any], launch: Callable[..., Any], shape: Callable[..., Any]
+) -> Kernel:
     """Register `tokred_triton::NAME`.
 
     Args:
         schema: as for `_library.define`.
-        reference: gives shapes, dtypes and gradients.
+        reference: gives gradients.
         launch: makes the results.
+        shape: gives shapes and dtypes of the results, for fake tensors.
     """
     name = f"{NAMESPACE}::{schema.partition('(')[0].strip()}"
     function = _annotated(schema, launch)
     make = torch.library.custom_op if interpreted() else torch.library.triton_op
     definition = make(name, function, mutates_args=())
-    definition.register_fake(functools.partial(_fake, reference))
+    definition.register_fake(functools.partial(_fake, shape))
     definition.register_autograd(functools.partial(_backward, reference), setup_context=_save)
     space, _, short = name.partition("::")
     return Kernel(getattr(getattr(torch.ops, space), short).default, definition)
@@ -123,8 +126,8 @@ def _returned(returns: Sequence[Any]) -> Any:
     return list[Tensor] if str(returns[0].type) == "List[Tensor]" else Tensor
 
 
-def _fake(reference: Callable[..., Any], *args: Any) -> Any:
-    return tree_map(lambda each: torch.empty_like(each, memory_format=torch.contiguous_format), reference(*args))
+def _fake(shape: Callable[..., Any], *args: Any) -> Any:
+    return tree_map(lambda each: torch.empty_like(each, memory_format=torch.contiguous_format), shape(*args))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -46,6 +46,12 @@ def decoder(model_type: str, config: Data, *, seed: int = 0) -> PreTrainedModel:
     return scaled_init(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config)), seed)
 
 
+def decoder_meta(model_type: str, config: Data) -> PreTrainedModel:
+    """Such a model on the meta device: shapes only, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+
+
 def clip_vision(config: Data, *, seed: int = 0) -> CLIPVisionModel:
     """CLIP's vision tower."""
     return scaled_init(CLIPVisionModel(CLIPVisionConfig(**config)), seed)

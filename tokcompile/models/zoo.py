@@ -64,6 +64,24 @@ _LLAMA_7B = {
     "rms_norm_eps": 1e-5,
     "pad_token_id": 32001,
 }
+_LLAMA_31_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 _MEDIUM_TEXT = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -203,6 +221,13 @@ ZOO: dict[str, Entry] = {
         "LLaVA-1.5-7B's configuration on the meta device, no weights",
         "vlm",
         lambda: families.llava_meta(_CLIP_L_336, _LLAMA_7B, **_LLAVA_15),
+        63,
+        on_meta=True,
+    ),
+    "llama-3.1-8b": Entry(
+        "Llama-3.1-8B's configuration on the meta device, no weights",
+        "decoder",
+        lambda: families.decoder_meta("llama", _LLAMA_31_8B),
         63,
         on_meta=True,
     ),

@@ -1,4 +1,4 @@
-"""ONNX forms of ATen operators that torch has none for, or one that a runtime refuses.
+"""ONNX forms of operators that torch has none for, or one that a runtime refuses.
 
 All are made of operators of the default domain. Imports onnxscript: see `extra.needs`.
 """
@@ -14,6 +14,7 @@ import torch
 from onnxscript import opset18 as op
 
 from tokcompile.kernels._order import MAX_TOKENS
+from tokcompile.onnx_export.walks import farthest_mask
 
 aten = torch.ops.aten
 
@@ -150,4 +151,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.sort.stable: stable_sort,
     aten.topk.default: topk,
     aten.remainder.Scalar: remainder,
+    torch.ops.tokred.farthest_mask.default: farthest_mask,
 }

@@ -10,6 +10,7 @@ from tokcompile.counts import images_per_row
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
+from tokcompile.passes.diverse import compared_scores, walk
 from tokcompile.passes.fold import scores_of_features
 from tokcompile.passes.imagetokens import image_tokens, unknown_images
 from tokcompile.passes.keychoice import choose_keys
@@ -33,7 +34,8 @@ def select(ctx: Context, step: Select) -> None:
     if isinstance(ctx.values.get(step.scores or ""), KeyScores):
         choose_keys(ctx, step)
         return
-    ways = {"topk": _topk, "fill": _topk, "neighbours": _neighbours, "protect": _protect, "pooled": select_pooled}
+    ways = {"topk": _topk, "fill": _topk, "diverse": _topk, "neighbours": _neighbours, "protect": _protect}
+    ways["pooled"] = select_pooled
     with ctx.editor.after(_sources(ctx, step)):
         made = ways[step.by](ctx, step)
     made.mask.meta["selection"] = step.name
@@ -49,10 +51,12 @@ def _plain(length: Length) -> int | str:
 
 
 def _sources(ctx: Context, step: Select) -> list[Node]:
-    nodes = [ctx.values[name].node for name in (step.scores,) if name]
+    nodes = [ctx.values[name].node for name in (step.scores, step.like) if name]
     nodes += [ctx.values[name].mask for name in (step.of, *step.first) if name]
     if step.among != "all" and ctx.sites.splice is not None and _is_text(ctx, step):
         nodes += [splice.mask for splice in ctx.sites.splice.all]
+    if step.by == "diverse":
+        nodes += ctx.sites.paddings.values()
     text = ctx.sites.text_stack()
     if step.by == "protect" and text is not None:
         nodes.append(text[1].blocks[0].input)
@@ -62,6 +66,9 @@ def _sources(ctx: Context, step: Select) -> list[Node]:
 
 
 def _is_text(ctx: Context, step: Select) -> bool:
+    if step.like is not None:
+        at = sequence(ctx.program, ctx.sites, ctx.values[step.like].node)
+        return at is not None and is_text_axis(ctx, at.axis)
     return step.scores is not None and is_text_axis(ctx, ctx.values[step.scores].axis)
 
 
@@ -163,11 +170,13 @@ def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
 
 
 def _topk(ctx: Context, step: Select) -> Selection:
-    scores = ctx.values[step.scores]
+    scores = compared_scores(ctx, step) if step.by == "diverse" else ctx.values[step.scores]
     node, axis, group, size = _group(ctx, step, scores)
     count = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
     if isinstance(count, int) and count == 0:  # the scores are then read by nobody, and are not computed
         mask = ctx.editor.call(aten.zeros_like.default, node, dtype=torch.bool)
+    elif step.by == "diverse":
+        mask = walk(ctx, step, scores, axis, group, count)
     elif int(step.windows) > 1:
         return _by_window(ctx, step, node, axis, size, count)
     elif step.by == "topk":

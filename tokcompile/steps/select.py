@@ -14,14 +14,18 @@ class Select(Step):
 
     verb = "select"
     budgeted = "keep"
-    refers = {"scores": "score", "of": "select", "first": "select"}
+    refers = {"scores": "score", "like": "tap", "of": "select", "first": "select"}
 
     name: Name
     """name under which later steps use the selection"""
     by: str
-    """topk, neighbours, fill, protect, pooled, pairwise (of caches), or the name of a plug-in"""
+    """topk, neighbours, fill, diverse, protect, pooled, pairwise (of caches), or the name of a plug-in"""
     scores: Name | None = None
-    """the scores that decide (topk, fill, pairwise)"""
+    """the scores that decide (topk, fill, pairwise); or that say with which token to begin, by default the one that is
+    farthest from its nearest (diverse)"""
+    like: Name | None = None
+    """tap of what tokens are compared by: the next is the one whose cosine to the nearest chosen one is the least
+    (diverse)"""
     among: one_of("image", "text", "all") = "image"
     """the tokens that may be chosen; all others stay"""
     keep: BudgetText | None = None
@@ -64,10 +68,11 @@ class Select(Step):
     @model_validator(mode="after")
     def _check(self) -> Select:
         known_by(self, self.by)
-        counted, stencil = ("topk", "fill", "pairwise"), ("neighbours",)
+        counted, stencil = ("topk", "fill", "diverse", "pairwise"), ("neighbours",)
         sized = (*counted, "pooled")
         users = {"scores": counted, "keep": sized, "round": sized, "allow_zero": counted, "of": (*stencil, "pooled")}
         users |= {
+            "like": ("diverse",),
             "offsets": stencil,
             "edges": stencil,
             "first": ("fill",),
@@ -81,6 +86,7 @@ class Select(Step):
         refuses(self, users, self.by)
         required = {"topk": ("scores", "keep"), "fill": ("scores", "keep", "first"), "neighbours": ("of",)}
         required |= {"protect": ("protect",), "pooled": ("of", "keep"), "pairwise": ("scores", "keep")}
+        required |= {"diverse": ("like", "keep")}
         needs(self, required.get(self.by, ()), self.by)
         alone = [f for f in ("floor", "floor_by") if f in self.model_fields_set and self.heads == "each"]
         if alone and "heads" not in self.model_fields_set:

@@ -1,0 +1,68 @@
+"""`tokred bench --end-to-end`: what it measures of a model under a rule, on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tokcompile import endbench
+from tokcompile.cli import app
+from tokcompile.modelsource import load_source
+
+RUN = CliRunner()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def measured(model: str, rule: str, **options: object) -> endbench.Ends:
+    sizes = {"words": 20, "steps": 2, "rounds": 1, "target": "eager"}
+    return endbench.bench_ends(load_source(model), rule, options, device="cpu", dtype=torch.float32, **sizes)
+
+
+def test_dropped_tokens_have_an_ideal_with_the_same_choices() -> None:
+    found = measured("zoo:llava-tiny", "fastv", layer=2, keep=4)
+    image, words = 16, found.prompt - 16
+    assert [way.name for way in found.ways] == ["eager", "full", "ruled", "ideal"]
+    assert found.ideal == "replayed"
+    assert found.way("full").kept == (image + words,) * 2
+    assert found.way("ruled").kept == found.way("ideal").kept == (4 + words, image + words)
+    assert all(way.prefill > 0 and way.decode > 0 and way.peak is None for way in found.ways)
+
+
+def test_evicted_keys_have_an_ideal_that_never_had_them() -> None:
+    found = measured("zoo:llama-tiny", "knorm", budget=7)
+    assert found.ideal == "short"
+    assert [way.kept for way in found.ways] == [(found.prompt,) * 2, (found.prompt,) * 2, (7, 7), (7, 7)]
+    assert json.loads(json.dumps(found.to_dict()))["ways"][2]["kept"] == [7, 7]
+
+
+def test_the_command_prints_ratios() -> None:
+    words = ["--device", "cpu", "--dtype", "float32", "--prompt", "8", "--new", "1", "--rounds", "1"]
+    ran = RUN.invoke(app, ["bench", "--end-to-end", *words, "zoo:llama-tiny", "knorm", "budget=5"])
+    assert ran.exit_code == 0, ran.stderr
+    lines = {line.split()[0]: line.split() for line in ran.stdout.splitlines() if line.strip()}
+    assert lines["ruled"][-1] == "5" and lines["ruled"][2] == "1.00x"
+    assert float(lines["full"][2].removesuffix("x")) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--end-to-end"], "a model and a rule are needed"),
+        (["--end-to-end", "--kernels"], "two things to time were named"),
+        (["--end-to-end", "zoo:llama-tiny", "knorm", "--dtype", "float8"], "no weights are of 'float8'"),
+        (["--end-to-end", "zoo:llama-tiny", "knorm", "budget=x", "--device", "cpu"], "budget"),
+        (["--end-to-end", "zoo:vit-tiny", "tome", "--device", "cpu"], "the model takes no text"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(words: list[str], said: str) -> None:
+    ran = RUN.invoke(app, ["bench", *words])
+    assert ran.exit_code == 1 and said in ran.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_estimated() -> None:
+    ran = RUN.invoke(app, ["bench", "--end-to-end", "zoo:llama-tiny", "knorm"])
+    assert ran.exit_code == 1 and "there is none here" in ran.stderr
