@@ -80,15 +80,21 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+SINGLE = {"received_by_sums": (2,)}
+"""Arguments that are float32 whatever the others are."""
+
+
 def compile_case(name: str, dtype: torch.dtype) -> None:
     """Compile a kernel for its case, with floats of a dtype."""
     part = _library._part(name)
     for module in {sys.modules[each] for each in list(sys.modules) if each.startswith("tokcompile.kernels")}:
         if hasattr(module, "wrap_triton"):
             module.wrap_triton = Compiled
-    given = tree_map(
-        lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, list(CASES[name]())
-    )
+    given = list(CASES[name]())
+    other = [at for at in range(len(given)) if at not in SINGLE.get(name, ())]
+    cast = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, given)
+    for at in other:
+        given[at] = cast[at]
     part.launch(*given)
 
 
