@@ -60,7 +60,7 @@ def test_features_of_each_image_are_spread_out(name: str, scored: bool, tmp_path
 
 
 def test_patches_that_become_one_feature_together_are_refused(tmp_path: Path) -> None:
-    it = families.subject(catalogue.family("smolvlm"))
+    it = families.subject(catalogue.family("internvl"))
     with pytest.raises(Exception, match="several patches become one feature") as caught:
         prune(it.model, rule=rule(tmp_path, "vision.0.output"))(**it.inputs)
     error = refusal(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.axes import product, resolve
+from tokcompile.axes import Dim, product, resolve
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores
 from tokcompile.program import place
@@ -20,7 +20,7 @@ def compared_scores(ctx: Context, step: Select) -> Scores:
     """Stand-in scores for the tokens of a tapped value: one channel of each, which nobody reads.
 
     Raises:
-        EditError: the value is not one token after the other, or its tokens are patches that become features together.
+        EditError: the value is not one token after the other.
     """
     tapped = ctx.values[step.like]
     at = sequence(ctx.program, ctx.sites, tapped.node)
@@ -31,15 +31,19 @@ def compared_scores(ctx: Context, step: Select) -> Scores:
             found=f"{tuple(tapped.node.meta['val'].shape)}",
             remedy="tap the input or the output of a block",
         )
-    if find_fold(ctx.program, ctx.sites, at.axis) is not None:
-        raise EditError(
-            "several patches become one feature, and features are what is chosen",
-            where=[place(tapped.node)],
-            found=f"a tap of {product(resolve(at.axis))} patches",
-            remedy="tap projector.input or projector.output",
-        )
     first = ctx.editor.call(aten.select.int, _rows(ctx, step), -1, 0)
     return Scores(first, at.axis, tapped.owner)
+
+
+def refuse_folds(ctx: Context, step: Select, patches: Dim) -> None:
+    """Raise EditError where the tokens of a tapped value are patches that become features several at a time."""
+    if find_fold(ctx.program, ctx.sites, patches) is not None:
+        raise EditError(
+            "several patches become one feature, and features are what is chosen",
+            where=[place(ctx.values[step.like].node)],
+            found=f"a tap of {product(resolve(patches))} patches",
+            remedy="tap projector.input or projector.output",
+        )
 
 
 def _rows(ctx: Context, step: Select) -> Node:
@@ -51,7 +55,7 @@ def _rows(ctx: Context, step: Select) -> Node:
     return ctx.editor.call(aten.reshape.default, node, [-1, product(at.axis), node.meta["val"].shape[-1]])
 
 
-def walk(ctx: Context, step: Select, scores: Scores, axis: tuple, group: Node | None, count: object) -> Node:
+def walk(ctx: Context, step: Select, scores: Scores, axis: Dim, group: Node | None, count: object) -> Node:
     """bool [B, T] on the axis that is chosen from: the tokens that the walk goes through.
 
     Args:

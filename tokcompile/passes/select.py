@@ -10,7 +10,7 @@ from tokcompile.counts import images_per_row
 from tokcompile.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
-from tokcompile.passes.diverse import compared_scores, walk
+from tokcompile.passes.diverse import compared_scores, refuse_folds, walk
 from tokcompile.passes.fold import scores_of_features
 from tokcompile.passes.imagetokens import image_tokens, unknown_images
 from tokcompile.passes.keychoice import choose_keys
@@ -171,6 +171,8 @@ def _check_budget(ctx: Context, step: Select, scores: Node, axis: Dim) -> None:
 
 def _topk(ctx: Context, step: Select) -> Selection:
     scores = compared_scores(ctx, step) if step.by == "diverse" else ctx.values[step.scores]
+    if step.by == "diverse" and not is_text_axis(ctx, scores.axis):
+        refuse_folds(ctx, step, patch_axis(ctx, scores.axis))
     node, axis, group, size = _group(ctx, step, scores)
     count = ctx.editor.arithmetic(lambda n: ctx.instance.budget(step, n), size)
     if isinstance(count, int) and count == 0:  # the scores are then read by nobody, and are not computed
