@@ -96,21 +96,6 @@ def rows(rule: str, context: int, budget: int, found: dict[str, dict[str, Any]])
     return times, start + " | ".join([f"{held:.3f}", *(f"{peak:.0f}" for peak in peaks)]) + " |"
 
 
-def merged(page: str, tables: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The lines of a page, those that were measured anew in place of the old ones."""
-    lines = [line for line in page.splitlines() if line.startswith("|") and line.split()[3].isdigit()]
-    half = len(lines) // 2
-    kept = {_cell(times): (times, memory) for times, memory in zip(lines[:half], lines[half:], strict=True)}
-    kept |= {_cell(times): (times, memory) for times, memory in tables}
-    return [kept[cell] for cell in sorted(kept, key=lambda cell: cell[::-1])]
-
-
-def _cell(line: str) -> tuple[str, int]:
-    """Rule and context of a line."""
-    words = line.split()
-    return words[1], int(words[3])
-
-
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,7 +108,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="processes of each way")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--environment", type=Path, default=Path("build/kvpress"))
-    parser.add_argument("--keep", action="store_true", help="lines of the page that are not measured now stay")
     parser.add_argument("--pip", nargs="*", default=[], help="further arguments of pip install")
     given = parser.parse_args()
     other = peer_python(given.environment, given.pip)
@@ -141,8 +125,6 @@ def main() -> None:
             mine = {way: found[f"{way} {rule}"] for way in ("tokred", "kvpress")}
             tables.append(rows(rule, context, given.budget, found | mine))
             print(*tables[-1], sep="\n", flush=True)
-    if given.keep:
-        tables = merged(PAGE.read_text(), tables)
     versions = f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads"
     page = INTRO.format(
         made=f"{datetime.date.today()}, {versions}",

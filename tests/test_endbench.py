@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from tokcompile import endbench
 from tokcompile.cli import app
-from tokcompile.modelsource import load_source
+from tokcompile.models import zoo
+from tokcompile.modelsource import from_config, load_source
 
 RUN = CliRunner()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +30,16 @@ def test_dropped_tokens_have_an_ideal_with_the_same_choices() -> None:
     assert found.way("full").kept == (image + words,) * 2
     assert found.way("ruled").kept == found.way("ideal").kept == (4 + words, image + words)
     assert all(way.prefill > 0 and way.decode > 0 and way.peak is None for way in found.ways)
+
+
+def test_a_model_of_shapes_alone_gets_weights_and_an_image() -> None:
+    """As a configuration of billions of parameters is given."""
+    shapes = from_config(zoo.load("llava-tiny").model.config, "a configuration")
+    assert shapes.weights == "none"
+    sizes = {"words": 4, "steps": 1, "rounds": 1, "target": "eager"}
+    found = endbench.bench_ends(shapes, "divprune", {"keep": 3}, device="cpu", dtype=torch.float32, **sizes)
+    assert found.ideal == "replayed"
+    assert [way.kept for way in found.ways] == [(n, n) for n in (found.prompt, found.prompt, *[found.prompt - 13] * 2)]
 
 
 def test_evicted_keys_have_an_ideal_that_never_had_them() -> None:

@@ -24,6 +24,7 @@ from tokcompile.kernels import _order
 from tokcompile.passes.pairtable import TABLE
 from tokcompile.pipeline import facts
 from tokcompile.program import Program
+from tokcompile.program import place as node_place
 from tokcompile.rulefile import parse_rules
 from tokcompile.sites import Sites, find_sites
 from tokcompile.sites.cache import unrepeated
@@ -102,6 +103,7 @@ class _Taps:
         if not numbers:
             raise EditError(
                 "no pairs of numbers can be calibrated: the decoder has no rotary attention with a cache",
+                where=[node_place(block.attention.node) for block in sites.stacks["decoder"].blocks[:1]],
                 found=f"{len(sites.stacks['decoder'].blocks)} blocks",
                 remedy="use it on a model whose positions turn queries and keys, with use_cache=True",
             )

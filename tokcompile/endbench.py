@@ -91,39 +91,40 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ready(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of a source on a device; one that has no weights gets random ones there."""
-    model = source.model
+def ready(source: Source, device: str, dtype: torch.dtype) -> Source:
+    """A source with its model on a device; one of shapes alone gets random weights and real inputs."""
     if source.weights == "none":
         with torch.device(device):
-            model = from_config(source.model.config, source.name, weights=True).model
-    return model.to(device=device, dtype=dtype)
+            source = from_config(source.model.config, source.name, weights=True)
+    source.model.to(device=device, dtype=dtype)
+    return source
 
 
-def prompt(source: Source, model: torch.nn.Module, words: int) -> dict[str, Tensor]:
+def prompt(source: Source, words: int) -> dict[str, Tensor]:
     """The example inputs of a source, with so many random words after them.
 
     Raises:
         CaptureError: the model takes no text, so that it generates none.
     """
     if "input_ids" not in source.inputs:
-        raise CaptureError("the model takes no text", found=", ".join(source.inputs), remedy="a model that generates")
+        raise CaptureError(
+            "the model takes no text",
+            where=[source.name],
+            found=", ".join(source.inputs),
+            remedy="a model that generates",
+        )
+    model = source.model
     config = model.config.get_text_config()
     rng = torch.Generator().manual_seed(0)
     made = {}
     for name, value in source.inputs.items():
-        value = torch.zeros(value.shape, dtype=value.dtype) if _is_fake(value) else value
         if value.shape[:2] == source.inputs["input_ids"].shape and value.ndim == 2:
             more = torch.full((len(value), words), int(name == "attention_mask"), dtype=value.dtype)
             if name == "input_ids":
                 more = torch.randint(5, min(config.vocab_size, 32000), more.shape, generator=rng)
-            value = torch.cat([value, more], 1)
+            value = torch.cat([value, more.to(value.device)], 1)
         made[name] = value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     return made
-
-
-def _is_fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
 
 
 def bench_ends(
@@ -150,8 +151,8 @@ def bench_ends(
     Raises:
         TokredError: the rule does not fit the model; or the model does not generate.
     """
-    model = ready(source, device, dtype)
-    inputs = prompt(source, model, words)
+    source = ready(source, device, dtype)
+    model, inputs = source.model, prompt(source, words)
     task = bar.add_task("eager", total=4) if bar is not None else None
     ways: list[Way] = []
 
@@ -172,8 +173,8 @@ def bench_ends(
         replayed = {**options, "target": target, "replay": recording}
         measured("ideal", inputs, lambda: tokcompile.compile(model, rule, **replayed))
     else:
-        words = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
-        measured("ideal", {"input_ids": words}, lambda: model.compile(backend=target))
+        short = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
+        measured("ideal", {"input_ids": short}, lambda: model.compile(backend=target))
     tokcompile.restore(model)
     kind = "replayed" if recording.maps else "short"
     name = torch.cuda.get_device_name(device) if model.device.type == "cuda" else device

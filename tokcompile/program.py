@@ -136,3 +136,10 @@ def value(node: Node) -> Any:
 def tensor(node: Any) -> bool:
     """Whether an argument is a node that holds one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call of an operator by their names in its schema, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}

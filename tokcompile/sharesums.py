@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from tokcompile import kernels
 from tokcompile.groupgathers import changes_a_value
+from tokcompile.program import arguments
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred
@@ -50,18 +51,12 @@ def share_sums(graph: Graph, nodes: Collection[Node]) -> int:
     return count
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    schema = node.target._schema.arguments
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
-
-
 def _site(node: Node, order: dict[Node, int]) -> Node | None:
     """The attention whose queries and keys these are, and that flash attention can take in its place."""
-    mine = _arguments(node)
+    mine = arguments(node)
     plain = mine["mask"] is None and mine["softcap"] == 0 and mine["sinks"] is None
     for user in mine["query"].users if plain else ():
-        if user.target is SDPA and _fits(_arguments(user), mine) and _can_move(node, user, order):
+        if user.target is SDPA and _fits(arguments(user), mine) and _can_move(node, user, order):
             return user
     return None
 
@@ -89,7 +84,7 @@ def _can_move(node: Node, site: Node, order: dict[Node, int]) -> bool:
 
 
 def _share(graph: Graph, node: Node, site: Node) -> None:
-    own, mine = _arguments(site), _arguments(node)
+    own, mine = arguments(site), arguments(node)
     first = site if _is_before(graph, site, node) else node
     with graph.inserting_before(first):
         both = graph.call_function(

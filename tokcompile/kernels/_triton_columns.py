@@ -47,7 +47,6 @@ _column_parts_of_many = _triton_tiles.autotuned(
 _column_parts_of_few = _triton_tiles.autotuned(
     passes.column_parts, ("WIDE",), [(128, 4, 1), (64, 4, 1), (32, 4, 1)], (*_KEY, "TALL")
 )
-LOG2_E = 1.4426950408889634
 _VECTOR = 64 if _triton_tiles.INTERPRETED else 256
 
 
@@ -187,7 +186,8 @@ def _is_worth_keeping(site: _Site) -> bool:
 def _of_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Peaks and shares, as `_shares` returns them, of rows whose log-sum-exp is known."""
     seen = torch.isfinite(sums)
-    return torch.where(seen, sums * LOG2_E, torch.inf).contiguous(), seen.to(torch.float32).contiguous()
+    peaks = torch.where(seen, sums * _triton_tiles.LOG2E.value, torch.inf)
+    return peaks.contiguous(), seen.to(torch.float32).contiguous()
 
 
 def _room(site: _Site) -> Tensor:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from tokcompile.errors import LowerError
-from tokcompile.program import place
+from tokcompile.program import arguments, place
 
 aten = torch.ops.aten
 
@@ -52,39 +52,32 @@ class Target:
         )
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    """Arguments of a call by their names in its schema, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
-
-
 def _scatter(node: Node) -> Reason | None:
     """The exporter writes a scatter of means as one without any reduction: wrong values, and no warning."""
-    if _arguments(node)["reduce"] != "mean":
+    if arguments(node)["reduce"] != "mean":
         return None
     return "ONNX has no scatter that takes means", "scatter sums and counts, and divide"
 
 
 def _bits(node: Node) -> Reason | None:
-    source, wanted = _arguments(node)["self"].meta["val"].dtype, _arguments(node)["dtype"]
+    source, wanted = arguments(node)["self"].meta["val"].dtype, arguments(node)["dtype"]
     if (source, wanted) == (torch.float32, torch.int32):
         return None
     return f"ONNX has no operator that reads bits of {source} as {wanted}", "read float32 as int32"
 
 
 def _distance(node: Node) -> Reason | None:
-    p = _arguments(node)["p"]
+    p = arguments(node)["p"]
     return None if p == 2 else (f"distances of norm {p} have no form", "Euclidean distances")
 
 
 def _sorted_size(node: Node) -> Any:
-    found = _arguments(node)
+    found = arguments(node)
     return found["self"].meta["val"].shape[found["dim"]]
 
 
 _RANKED: dict[Any, Callable[[Node], Any]] = {
-    aten.topk.default: lambda node: _arguments(node)["k"],
+    aten.topk.default: lambda node: arguments(node)["k"],
     aten.sort.default: _sorted_size,
     aten.sort.stable: _sorted_size,
 }
@@ -101,7 +94,7 @@ ONNX = Target(
 
 
 def _spread_scatter(node: Node) -> Reason | None:
-    found = _arguments(node)
+    found = arguments(node)
     index, into = (found[name].meta["val"].shape for name in ("index", "self"))
     small = [axis for axis, (most, size) in enumerate(zip(into, index, strict=True)) if _is_less(most, size)]
     if not small:

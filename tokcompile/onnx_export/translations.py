@@ -14,13 +14,10 @@ import torch
 from onnxscript import opset18 as op
 
 from tokcompile.kernels._order import MAX_TOKENS
+from tokcompile.onnx_export.constants import constant
 from tokcompile.onnx_export.walks import farthest_mask
 
 aten = torch.ops.aten
-
-
-def _constant(value: Any, dtype: Any) -> Any:
-    return op.Constant(value=ir.tensor(np.array(value, dtype=dtype)))
 
 
 _DOUBLINGS = tuple(1 << power for power in reversed(range(7)))
@@ -38,30 +35,30 @@ def view_dtype(self: Any, dtype: int) -> Any:
     if self.dtype != ir.DataType.FLOAT or dtype != ir.DataType.INT32:
         raise NotImplementedError(f"bits of {self.dtype} as {ir.DataType(dtype)}")
     size = op.Abs(self)
-    known = op.LessOrEqual(size, _constant(np.finfo(np.float32).max, np.float32))
-    infinite = op.Equal(size, _constant(np.inf, np.float32))
-    normal = op.And(known, op.GreaterOrEqual(size, _constant(2.0**-126, np.float32)))
-    rest, exponent = op.Where(normal, size, _constant(1.0, np.float32)), _constant(127, np.int64)
+    known = op.LessOrEqual(size, constant(np.finfo(np.float32).max, np.float32))
+    infinite = op.Equal(size, constant(np.inf, np.float32))
+    normal = op.And(known, op.GreaterOrEqual(size, constant(2.0**-126, np.float32)))
+    rest, exponent = op.Where(normal, size, constant(1.0, np.float32)), constant(127, np.int64)
     for times in _DOUBLINGS:
-        large = op.GreaterOrEqual(rest, _constant(2.0**times, np.float32))
-        rest = op.Where(large, op.Mul(rest, _constant(2.0**-times, np.float32)), rest)
-        exponent = op.Add(exponent, op.Where(large, _constant(times, np.int64), _constant(0, np.int64)))
+        large = op.GreaterOrEqual(rest, constant(2.0**times, np.float32))
+        rest = op.Where(large, op.Mul(rest, constant(2.0**-times, np.float32)), rest)
+        exponent = op.Add(exponent, op.Where(large, constant(times, np.int64), constant(0, np.int64)))
     for times in _DOUBLINGS:
-        small = op.Less(rest, _constant(2.0 ** (1 - times), np.float32))
-        rest = op.Where(small, op.Mul(rest, _constant(2.0**times, np.float32)), rest)
-        exponent = op.Sub(exponent, op.Where(small, _constant(times, np.int64), _constant(0, np.int64)))
-    mantissa = op.Mul(op.Sub(rest, _constant(1.0, np.float32)), _constant(2.0**23, np.float32))
-    bits = op.Add(op.Mul(exponent, _constant(1 << 23, np.int64)), op.Cast(mantissa, to=ir.DataType.INT64))
+        small = op.Less(rest, constant(2.0 ** (1 - times), np.float32))
+        rest = op.Where(small, op.Mul(rest, constant(2.0**times, np.float32)), rest)
+        exponent = op.Sub(exponent, op.Where(small, constant(times, np.int64), constant(0, np.int64)))
+    mantissa = op.Mul(op.Sub(rest, constant(1.0, np.float32)), constant(2.0**23, np.float32))
+    bits = op.Add(op.Mul(exponent, constant(1 << 23, np.int64)), op.Cast(mantissa, to=ir.DataType.INT64))
     # In two steps, as 2^149 is no float32.
-    denormal = op.Where(op.Less(size, _constant(2.0**-126, np.float32)), size, _constant(0.0, np.float32))
-    multiple = op.Mul(op.Mul(denormal, _constant(2.0**126, np.float32)), _constant(2.0**23, np.float32))
+    denormal = op.Where(op.Less(size, constant(2.0**-126, np.float32)), size, constant(0.0, np.float32))
+    multiple = op.Mul(op.Mul(denormal, constant(2.0**126, np.float32)), constant(2.0**23, np.float32))
     bits = op.Where(normal, bits, op.Cast(multiple, to=ir.DataType.INT64))
-    bits = op.Where(infinite, _constant(0x7F800000, np.int64), bits)
-    bits = op.Where(op.Or(known, infinite), bits, _constant(0x7FC00000, np.int64))
+    bits = op.Where(infinite, constant(0x7F800000, np.int64), bits)
+    bits = op.Where(op.Or(known, infinite), bits, constant(0x7FC00000, np.int64))
     # Minus infinity is what the reciprocal of -0.0 is.
-    zero = op.Equal(self, _constant(0.0, np.float32))
-    negative = op.Less(op.Where(zero, op.Reciprocal(self), self), _constant(0.0, np.float32))
-    bits = op.Where(negative, op.Sub(bits, _constant(1 << 31, np.int64)), bits)
+    zero = op.Equal(self, constant(0.0, np.float32))
+    negative = op.Less(op.Where(zero, op.Reciprocal(self), self), constant(0.0, np.float32))
+    bits = op.Where(negative, op.Sub(bits, constant(1 << 31, np.int64)), bits)
     return op.Cast(bits, to=ir.DataType.INT32)
 
 
@@ -70,17 +67,17 @@ def cummax(self: Any, dim: int) -> tuple[Any, Any]:
 
     A length that is not known can be up to 2^24, the most tokens that the selections know.
     """
-    size = op.Gather(op.Shape(self), _constant(dim % len(self.shape), np.int64), axis=0)
+    size = op.Gather(op.Shape(self), constant(dim % len(self.shape), np.int64), axis=0)
     known = self.shape[dim]
     most = known if isinstance(known, int) else MAX_TOKENS
-    places = op.Range(_constant(0, np.int64), size, _constant(1, np.int64))
+    places = op.Range(constant(0, np.int64), size, constant(1, np.int64))
     value = self
     shape = [1] * len(self.shape)
     shape[dim] = -1
-    index = op.Expand(op.Reshape(places, _constant(shape, np.int64)), op.Shape(self))
+    index = op.Expand(op.Reshape(places, constant(shape, np.int64)), op.Shape(self))
     for step in range((most - 1).bit_length()):
         # Before the first value stands the first one: it is among those that every maximum is of.
-        back = op.Max(op.Sub(places, _constant(1 << step, np.int64)), _constant(0, np.int64))
+        back = op.Max(op.Sub(places, constant(1 << step, np.int64)), constant(0, np.int64))
         other, there = op.Gather(value, back, axis=dim), op.Gather(index, back, axis=dim)
         index = op.Where(op.GreaterOrEqual(value, other), index, there)
         value = op.Max(value, other)
@@ -91,21 +88,21 @@ def cdist(x1: Any, x2: Any, p: float, compute_mode: int | None = None) -> Any:
     """Euclidean distances [..., P, R] of [..., P, M] and [..., R, M]."""
     if p != 2:
         raise NotImplementedError(f"distances of norm {p}")
-    apart = op.Sub(op.Unsqueeze(x1, _constant([-2], np.int64)), op.Unsqueeze(x2, _constant([-3], np.int64)))
-    return op.ReduceL2(apart, _constant([-1], np.int64), keepdims=0)
+    apart = op.Sub(op.Unsqueeze(x1, constant([-2], np.int64)), op.Unsqueeze(x2, constant([-3], np.int64)))
+    return op.ReduceL2(apart, constant([-1], np.int64), keepdims=0)
 
 
 def stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
     """A stable sort as the TopK of all: by ONNX's definition the lower index comes first among equals."""
     del stable
-    size = op.Gather(op.Shape(self), _constant([dim % len(self.shape)], np.int64), axis=0)
+    size = op.Gather(op.Shape(self), constant([dim % len(self.shape)], np.int64), axis=0)
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Any, Any]:
     """The TopK with its values in order always: ONNX Runtime's CUDA provider refuses the other kind."""
     del sorted
-    count = _constant([k], np.int64) if isinstance(k, int) else op.Reshape(k, _constant([1], np.int64))
+    count = constant([k], np.int64) if isinstance(k, int) else op.Reshape(k, constant([1], np.int64))
     return op.TopK(self, count, axis=dim, largest=int(largest), sorted=1)
 
 
@@ -118,10 +115,10 @@ def masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     width = self.shape[-1]
     if rows is None or not isinstance(width, int) or source.shape is None or source.shape[-1] != width:
         rows, width = op.Expand(mask, op.Shape(self)), 1
-    flags = op.Cast(op.Reshape(rows, _constant([-1], np.int64)), to=ir.DataType.INT64)
-    before = op.Sub(op.CumSum(flags, _constant(0, np.int64)), _constant(1, np.int64))
-    table = op.Reshape(source, _constant([-1, width], np.int64))
-    found = op.Gather(table, op.Max(before, _constant(0, np.int64)), axis=0)
+    flags = op.Cast(op.Reshape(rows, constant([-1], np.int64)), to=ir.DataType.INT64)
+    before = op.Sub(op.CumSum(flags, constant(0, np.int64)), constant(1, np.int64))
+    table = op.Reshape(source, constant([-1, width], np.int64))
+    found = op.Gather(table, op.Max(before, constant(0, np.int64)), axis=0)
     return op.Where(rows, op.Reshape(found, op.Shape(self)), self)
 
 
@@ -137,7 +134,7 @@ def _spread(mask: Any) -> Any:
 def remainder(self: Any, other: Any) -> Any:
     """The remainder by a number, with its sign: one that may be a size, where the exporter's form needs a constant."""
     fixed = isinstance(other, (int, float))
-    divisor = _constant(other, self.dtype.numpy()) if fixed else op.CastLike(other, self)
+    divisor = constant(other, self.dtype.numpy()) if fixed else op.CastLike(other, self)
     if self.dtype.is_integer():
         return op.Mod(self, divisor)
     return op.Sub(self, op.Mul(op.Floor(op.Div(self, divisor)), divisor))

@@ -12,11 +12,9 @@ import onnx_ir as ir
 from onnxscript import evaluator
 from onnxscript import opset18 as op
 
+from tokcompile.onnx_export.constants import constant
+
 LOWEST = float(np.finfo(np.float32).min)
-
-
-def _constant(value: Any, dtype: Any) -> Any:
-    return op.Constant(value=ir.tensor(np.array(value, dtype=dtype)))
 
 
 def farthest_mask(distances: Any, start: Any, among: Any, k: Any) -> Any:
@@ -25,17 +23,17 @@ def farthest_mask(distances: Any, start: Any, among: Any, k: Any) -> Any:
     distances, start = (op.Cast(each, to=ir.DataType.FLOAT) for each in (distances, start))
     everything = op.Equal(start, start)
     inside = op.Or(everything, op.Not(everything)) if among is None else among
-    turns = _constant(k, np.int64) if isinstance(k, int) else op.Reshape(k, _constant([], np.int64))
+    turns = constant(k, np.int64) if isinstance(k, int) else op.Reshape(k, constant([], np.int64))
     # Floats, which every runtime carries from turn to turn: 1 for a token that was not visited.
     free = op.Cast(op.Or(inside, op.Not(inside)), to=ir.DataType.FLOAT)
-    far = op.Where(op.IsNaN(start), _constant(LOWEST, np.float32), start)
+    far = op.Where(op.IsNaN(start), constant(LOWEST, np.float32), start)
     recorder = evaluator.default()
     body = ir.AttrGraph("body", _turn(distances, inside))
     loop = ir.Node("", "Loop", [turns, None, far, free], [body], num_outputs=2)
     for made in loop.outputs:
         made.dtype, made.shape = ir.DataType.FLOAT, size
     recorder.nodes.append(loop)
-    return op.Less(loop.outputs[1], _constant(0.5, np.float32))
+    return op.Less(loop.outputs[1], constant(0.5, np.float32))
 
 
 def _turn(distances: Any, inside: Any) -> ir.Graph:
@@ -49,7 +47,7 @@ def _turn(distances: Any, inside: Any) -> ir.Graph:
     outer, recorder.nodes = recorder.nodes, []
     try:
         results = _after_one_more(step, far, free, distances, inside)
-        results = (_constant(True, np.bool_), *results)
+        results = (constant(True, np.bool_), *results)
         nodes = recorder.nodes
     finally:
         recorder.nodes = outer
@@ -59,17 +57,17 @@ def _turn(distances: Any, inside: Any) -> ir.Graph:
 
 
 def _after_one_more(step: Any, far: Any, free: Any, distances: Any, inside: Any) -> tuple[Any, Any]:
-    is_free = op.Greater(free, _constant(0.5, np.float32))
+    is_free = op.Greater(free, constant(0.5, np.float32))
     # What is up for choice is above the rest that is free, and that above what was visited.
-    best = op.Max(far, _constant(LOWEST / 2, np.float32))
-    others = op.Where(is_free, _constant(LOWEST, np.float32), _constant(-np.inf, np.float32))
+    best = op.Max(far, constant(LOWEST / 2, np.float32))
+    others = op.Where(is_free, constant(LOWEST, np.float32), constant(-np.inf, np.float32))
     at = op.ArgMax(op.Where(op.And(is_free, inside), best, others), axis=1, keepdims=1, select_last_index=0)
     row = op.GatherND(distances, at, batch_dims=1)
-    tokens = op.Range(_constant(0, np.int64), _length(far), _constant(1, np.int64))
-    visited = op.Equal(op.Unsqueeze(tokens, _constant([0], np.int64)), at)
-    first = op.Equal(step, _constant(0, np.int64))
-    return op.Where(first, row, op.Min(far, row)), op.Where(visited, _constant(0.0, np.float32), free)
+    tokens = op.Range(constant(0, np.int64), _length(far), constant(1, np.int64))
+    visited = op.Equal(op.Unsqueeze(tokens, constant([0], np.int64)), at)
+    first = op.Equal(step, constant(0, np.int64))
+    return op.Where(first, row, op.Min(far, row)), op.Where(visited, constant(0.0, np.float32), free)
 
 
 def _length(rows: Any) -> Any:
-    return op.Gather(op.Shape(rows), _constant(1, np.int64), axis=0)
+    return op.Gather(op.Shape(rows), constant(1, np.int64), axis=0)
