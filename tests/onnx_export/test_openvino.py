@@ -27,7 +27,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("opset", [18, 23])
-@pytest.mark.parametrize("rule", [pytest.param(r, marks=() if r == "fastv" else pytest.mark.slow) for r in RULES])
+@pytest.mark.parametrize(
+    "rule", ["fastv", "tome", *(pytest.param(r, marks=pytest.mark.slow) for r in ("hiprune", "knorm"))]
+)
 def test_openvino_says_what_onnx_runtime_says(rule: str, opset: int, tmp_path: Path) -> None:
     import openvino
 
