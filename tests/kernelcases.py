@@ -60,6 +60,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "key_viewers": lambda: (made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 20, 20), bools(2, 20), 0, True),
     "key_votes": lambda: (made(0, 2, 4, 8), made(1, 2, 2, 20, 8), bools(2, 20), 1, 2),
+    "mark_pack": lambda: (made(0, 2, 40, 20), bools(2, 40), 40, None, True),
     "mark_slots": lambda: (bools(2, 12), 11),
     "mark_tokens": lambda: (made(0, 2, 9, 4), places(9, 2, 5) - 4, made(1, 2, 4)),
     "match_pairs": lambda: (made(0, 2, 20, 8), 6, 1),

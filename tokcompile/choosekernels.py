@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tokcompile import kernels
 from tokcompile.errors import LowerError, known
 from tokcompile.fuseattends import fuse_attends
+from tokcompile.fusemarks import fuse_marks
 from tokcompile.groupgathers import group_gathers
 from tokcompile.kernels import _triton
 from tokcompile.sharesums import share_sums
@@ -131,6 +132,7 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
     if not nodes:
         return choices
     fuse_attends(gm.graph, nodes)
+    fuse_marks(gm.graph, [node for node in nodes if not node._erased])
     share_sums(gm.graph, [node for node in nodes if not node._erased])
     nodes = [node for node in nodes if not node._erased]
     group_gathers(gm.graph, nodes)

@@ -146,6 +146,12 @@ def _marked(m: Maker) -> tuple[Any, ...]:
     return m.floats(1, 2 * length, WIDTH), m.chosen(2 * length, 1, length) - length // 8, m.floats(WIDTH)
 
 
+def _packed(m: Maker) -> tuple[Any, ...]:
+    """Runs of some tokens, and their means."""
+    tokens = m.units(2 * WIDTH * m.dtype.itemsize)
+    return m.floats(1, tokens, WIDTH), m.flags(1, tokens, share=0.7), tokens, None, True
+
+
 def _site(m: Maker, queries: int | None = None) -> tuple[Tensor, Tensor]:
     """Queries of four heads for each head of keys; as many as there are keys, or few."""
     tokens = m.units(5 * HEADS * HEAD * m.dtype.itemsize if queries is None else HEADS * HEAD * m.dtype.itemsize)
@@ -248,6 +254,7 @@ WORKLOADS: dict[str, Workload] = {
     "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results)),
     "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
     "key_votes": Workload(_votes, _all),
+    "mark_pack": Workload(_packed, lambda args, results: held(*args[:2], *results)),
     "mark_slots": Workload(_slots, _all, ONE),
     "mark_tokens": Workload(_marked, _copies),
     "match_pairs": Workload(_match, _all),

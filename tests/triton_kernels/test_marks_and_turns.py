@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from launched import launched, strided
 
 from tokcompile.kernels import reference_of
+from tokcompile.kernels._library import kernel_reference
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # The interpreter rounds to bfloat16 toward zero, by up to 2^-7, where a GPU rounds to the nearest.
@@ -53,6 +54,40 @@ def test_tokens_of_a_marked_sequence(dtype, shape, wide, kind, seed):
     assert torch.equal(found[slots >= -1], wanted[slots >= -1])
     within = EPSILON[dtype] if wide and dtype == torch.bfloat16 else 0
     torch.testing.assert_close(found, wanted, rtol=within, atol=0)
+
+
+@settings(max_examples=30)
+@given(DTYPES, st.sampled_from([None, (20,), (2, 20), (2, 60, 20)]), st.integers(0, 60), KINDS, SEEDS)
+def test_slots_and_tokens_at_once(dtype, shape, length, kind, seed):
+    x, marked = strided(values(seed, 2, 50, 20).to(dtype), kind), runs(seed, 2, 50)
+    content = None
+    if shape is not None:
+        given = values(seed + 1, *shape).to(dtype)
+        content = strided(given[:, :length] if len(shape) == 3 else given, kind)
+    found = launched("mark_pack", x, marked, length, content, False)
+    wanted = kernel_reference("mark_pack")(x, marked, length, content, False)
+    assert torch.equal(found[1], wanted[1])
+    assert found[0].dtype == dtype and torch.equal(found[0], wanted[0])
+
+
+@settings(max_examples=30)
+@given(DTYPES, st.sampled_from([1, 15, 50, 90]), st.sampled_from([3, 20, 300]), KINDS, SEEDS)
+def test_slots_and_means_at_once(dtype, tokens, width, kind, seed):
+    """Runs begin and end within a tile of 16 tokens, go on over several, and are whole rows."""
+    x, marked = strided(values(seed, 2, tokens, width).to(dtype), kind), runs(seed, 2, tokens)
+    found = launched("mark_pack", x, marked, tokens, None, True)
+    wanted, slots = kernel_reference("mark_pack")(x.double(), marked, tokens, None, True)
+    assert torch.equal(found[1], slots)
+    torch.testing.assert_close(found[0].double(), wanted, rtol=EPSILON[dtype], atol=2e-6)
+    assert torch.equal(found[0][slots >= -1], wanted[slots >= -1].to(dtype))
+
+
+def test_a_run_takes_nothing_from_tokens_outside_of_it():
+    x = torch.full((1, 40, 4), torch.inf)
+    marked = torch.zeros(1, 40, dtype=torch.bool)
+    marked[0, 10:37], x[0, 10:37] = True, 1.0
+    tokens, slots = launched("mark_pack", x, marked, 40, None, True)
+    assert torch.equal(tokens[slots < -1], torch.ones(1, 4))
 
 
 @settings(max_examples=25)

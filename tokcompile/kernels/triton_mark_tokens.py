@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +33,6 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
     columns = block(width, WIDEST)
     rows = block(batch * length, TILE // columns)
     new = x if content is None else content
-    strides = [0] * (3 - new.dim()) + list(new.stride())
-    if new.dim() == 2:
-        strides = [new.stride(0), 0, new.stride(1)]
     grid = (triton.cdiv(batch * length, rows) * triton.cdiv(width, columns),)
     wrap_triton(_fill)[grid](
         x,
@@ -42,7 +41,7 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
         out,
         *x.stride(),
         *slots.stride(),
-        *strides,
+        *content_strides(new),
         batch * length,
         length,
         tokens,
@@ -52,6 +51,14 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
         COLUMNS=columns,
     )
     return out
+
+
+def content_strides(content: Tensor) -> tuple[Any, Any, Any]:
+    """How far a row, a slot and a number are apart in [C], [B, C] or [B, T', C]; 0 where one stands for all."""
+    strides = content.stride()
+    if content.dim() == 2:
+        return strides[0], 0, strides[1]
+    return (0,) * (3 - content.dim()) + strides
 
 
 @triton.jit

@@ -51,10 +51,12 @@ def mark(ctx: Context, step: Mark) -> None:
             ctx.log[-1]["note"] = "everything is kept: no edit"
             return
         _check_sight(ctx, place)
+        held = _content(ctx, step, place, at)
         token_map = marked_map(ctx.editor, _runs(ctx, step, keep, gone), at, old, slots)
         if shortest == 1:
             _slots(token_map).meta["kept"] = kept
-        held = _content(ctx, step, place, at, token_map)
+        if step.content == "run_mean":
+            held = ctx.editor.call(tokred.slot_means.default, place.node, _slots(token_map))
         content = ctx.editor.call(tokred.mark_tokens.default, place.node, _slots(token_map), held)
     Transport(ctx.editor, ctx.sites).apply(place.node, token_map, content)
     ctx.refresh()
@@ -143,11 +145,9 @@ def _record(step: Mark, spans: int, old: Any, gone: Any, kept: Any, slots: Any) 
     return record
 
 
-def _content(ctx: Context, step: Mark, place: Place, at: Sequence, token_map: TokenMap) -> Node | None:
-    """What markers hold: [C], [B, C] or [B, T', C]; None for zeros."""
+def _content(ctx: Context, step: Mark, place: Place, at: Sequence) -> Node | None:
+    """What markers hold, whichever runs they stand for: [C] or [B, C]; None for zeros and for means of runs."""
     editor, node = ctx.editor, place.node
-    if step.content == "run_mean":
-        return editor.call(tokred.slot_means.default, node, _slots(token_map))
     if step.content == "mean":
         return editor.call(tokred.masked_mean.default, node, ctx.image_mask(at.axis))
     width, like = node.meta["val"].shape[-1], node.meta["val"]
