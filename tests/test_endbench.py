@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tokcompile import endbench
 from tokcompile.cli import app
-from tokcompile.models import zoo
+from tokcompile.models import catalogue, zoo
 from tokcompile.modelsource import from_config, load_source
 
 RUN = CliRunner()
@@ -40,6 +40,15 @@ def test_a_model_of_shapes_alone_gets_weights_and_an_image() -> None:
     found = endbench.bench_ends(shapes, "divprune", {"keep": 3}, device="cpu", dtype=torch.float32, **sizes)
     assert found.ideal == "replayed"
     assert [way.kept for way in found.ways] == [(n, n) for n in (found.prompt, found.prompt, *[found.prompt - 13] * 2)]
+
+
+def test_a_model_that_takes_any_image_is_given_one_of_a_size() -> None:
+    config = catalogue.family("qwen2_5_vl").build().config
+    sizes = {"words": 4, "steps": 1, "rounds": 1, "target": "eager"}
+    shapes = from_config(config, "a configuration", image=(40, 48))
+    found = endbench.bench_ends(shapes, "fastv", {"layer": 1, "keep": 10}, device="cpu", dtype=torch.float32, **sizes)
+    assert found.prompt == 17 + 30 + 4 and found.ideal == "replayed"
+    assert found.way("ruled").kept == (found.prompt - 20, found.prompt)
 
 
 def test_evicted_keys_have_an_ideal_that_never_had_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -154,13 +155,26 @@ class _Captured(Exception):
     """Ends a call once its graph is known."""
 
 
+def unloaded(model: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The first parameter without memory, on the meta device or fake; None where all have values."""
+    return next((p for p in model.parameters() if p.is_meta or isinstance(p, FakeTensor)), None)
+
+
+def _emptied(value: Any, like: torch.Tensor) -> Any:
+    """A value without memory, as a parameter has none."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    return like.fake_mode.from_tensor(value) if isinstance(like, FakeTensor) else value.to(like.device)
+
+
 def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool | None = None) -> list[Program]:
     """Capture a model with Dynamo on example inputs.
 
     Args:
         model: any module. One without memory for weights, on the meta device or made under a FakeTensorMode, is not
             run; it must then be one graph.
-        inputs: keyword arguments of its forward; what the model computes in Python from sizes of images is added.
+        inputs: keyword arguments of its forward; what the model computes in Python from sizes of images is added, for
+            which those have to be values, whatever the model is.
         dynamic: as for torch.compile.
 
     Returns:
@@ -170,32 +184,63 @@ def capture(model: torch.nn.Module, inputs: Mapping[str, Any], *, dynamic: bool 
         CaptureError: nothing was captured, or a model on the meta device splits.
     """
     prepare()
-    found: list[Program] = []
-    empty = next((p for p in model.parameters() if p.is_meta or isinstance(p, FakeTensor)), None)
-    meta, mode = empty is not None, empty.fake_mode if isinstance(empty, FakeTensor) else nullcontext()
-
-    def stop(*args: Any) -> Any:
-        raise _Captured
-
-    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(from_dynamo(gm, example_inputs))
-        return stop if meta else gm.forward
-
-    torch._dynamo.reset()
+    empty = unloaded(model)
+    mode = empty.fake_mode if isinstance(empty, FakeTensor) else nullcontext()
     try:
-        with torch.no_grad(), mode, packed(model):
+        with torch.no_grad(), packed(model):
             inputs = precompute(model, inputs)
-            torch.compile(model, backend=keep, dynamic=dynamic, fullgraph=meta)(**inputs)
-    except _Captured:
-        pass  # the graph is all that was wanted: a meta model cannot run
+            if empty is None:
+                found = _graphs(model, inputs, dynamic)
+            else:
+                inputs = {name: _emptied(value, empty) for name, value in inputs.items()}
+                with mode:
+                    found = _one_graph(model, inputs, dynamic)
     except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
         raise _refused(error) from error
-    finally:
-        torch._dynamo.reset()
     if not found:
         raise CaptureError(
             "nothing was captured",
             found="Dynamo handed over no graph",
             remedy="check that the model is not itself under torch.compiler.disable",
         )
+    return found
+
+
+def _one_graph(model: torch.nn.Module, inputs: Mapping[str, Any], dynamic: bool | None) -> list[Program]:
+    """The graph of a model without memory, which must be one.
+
+    Dynamo refuses some models in wrappers around their forward, which change the caller's dict of arguments; what is
+    inside of them is a graph. With memory it finds that out while the model runs.
+    """
+    try:
+        return _graphs(model, inputs, dynamic, whole=True)
+    except torch._dynamo.exc.Unsupported as refused:
+        # `self` by name: parameters are then called as in the graph of a module.
+        bound = {"self": model, **inputs}
+        try:
+            return _graphs(inspect.unwrap(type(model).forward), bound, dynamic, whole=True)
+        except torch._dynamo.exc.TorchDynamoException:
+            raise refused from None
+
+
+def _graphs(
+    call: Callable[..., Any], inputs: Mapping[str, Any], dynamic: bool | None, whole: bool = False
+) -> list[Program]:
+    """What Dynamo hands over while a model runs; `whole`: the first graph, which must be all, without a run."""
+    found: list[Program] = []
+
+    def stop(*args: Any) -> Any:
+        raise _Captured
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(from_dynamo(gm, example_inputs))
+        return stop if whole else gm.forward
+
+    torch._dynamo.reset()
+    try:
+        torch.compile(call, backend=keep, dynamic=dynamic, fullgraph=whole)(**inputs)
+    except _Captured:
+        pass  # the graph is all that was wanted
+    finally:
+        torch._dynamo.reset()
     return found

@@ -29,6 +29,10 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, also for errors.")]
 RuleName = Annotated[str, typer.Argument(metavar="RULE", help="Name of a library rule, or path of a .yaml file.")]
 RulePath = Annotated[str, typer.Argument(metavar="FILE", help="Path of a rule file, or name of a library rule.")]
+Image = Annotated[
+    str | None,
+    typer.Option(metavar="HEIGHTxWIDTH", help="Pixels of the example image, of a model that takes any size: 448x672."),
+]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 PIPE_WIDTH = 200
@@ -186,6 +190,7 @@ def explain(
     options: Options = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of the example batch.", min=1)] = 1,
+    image: Image = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a rule changes in a model: tokens, FLOPs and KV cache of each block, before and after."""
@@ -193,9 +198,10 @@ def explain(
 
     instance = load_rule(rule).bind(**key_values(options or []))
     with waiting(f"capturing {model}"):
-        from tokcompile import modelsource
+        from tokcompile import exampleinputs, modelsource
 
-        explanation = modelsource.explain_source(modelsource.load_source(model, batch), [instance])
+        source = modelsource.load_source(model, batch, exampleinputs.image_size(image))
+        explanation = modelsource.explain_source(source, [instance])
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(explanation.to_html(), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokcompile.cli import AsJson, app, is_plain, key_values, print_json, print_page, progress, shows_errors
+from tokcompile.cli import AsJson, Image, app, is_plain, key_values, print_json, print_page, progress, shows_errors
 from tokcompile.errors import LowerError, known
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -36,6 +36,7 @@ def bench(
     device: Annotated[str, typer.Option(help="With --end-to-end: cuda or cpu.")] = "cuda",
     dtype: Annotated[str, typer.Option(help=f"With --end-to-end: {', '.join(DTYPES)}.")] = "bfloat16",
     prompt: Annotated[int, typer.Option(metavar="N", help="With --end-to-end: words after the example.", min=0)] = 64,
+    image: Image = None,
     new: Annotated[int, typer.Option(metavar="N", help="With --end-to-end: tokens after the first one.", min=1)] = 32,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +45,7 @@ def bench(
         both = "tokred bench --kernels, or tokred bench --end-to-end MODEL RULE"
         raise LowerError("nothing to time was named" if not kernels else "two things to time were named", remedy=both)
     if ends:
-        _ends(model, rule, options or [], device, dtype, prompt, new, rounds or 3, as_json)
+        _ends(model, rule, options or [], device, dtype, prompt, image, new, rounds or 3, as_json)
     else:
         _kernels(ops or [], rounds or 30, sizes or [], plot, table, as_json)
 
@@ -56,6 +57,7 @@ def _ends(
     device: str,
     dtype: str,
     words: int,
+    image: str | None,
     steps: int,
     rounds: int,
     as_json: bool,
@@ -66,7 +68,7 @@ def _ends(
         raise LowerError(f"no weights are of '{dtype}'", remedy=known(dtype, DTYPES))
     import torch
 
-    from tokcompile import endbench, kernelbench, modelsource
+    from tokcompile import endbench, exampleinputs, kernelbench, modelsource
     from tokcompile.rulefile import load_rule
 
     if device != "cpu":
@@ -74,7 +76,7 @@ def _ends(
     given: dict[str, Any] = key_values(options)
     load_rule(rule).bind(**given)
     with progress() as bar:
-        source = modelsource.load_source(model)
+        source = modelsource.load_source(model, image=exampleinputs.image_size(image))
         sizes = {"words": words, "steps": steps, "rounds": rounds}
         found = endbench.bench_ends(source, rule, given, device=device, dtype=getattr(torch, dtype), bar=bar, **sizes)
     if as_json:

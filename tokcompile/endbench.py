@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 import tokcompile
 from tokcompile.errors import CaptureError
+from tokcompile.exampleinputs import longer
 from tokcompile.modelsource import Source, from_config
 from tokcompile.recording import Recording
 from tokcompile.report import versions
@@ -94,8 +95,7 @@ def synchronize(device: torch.device) -> None:
 def ready(source: Source, device: str, dtype: torch.dtype) -> Source:
     """A source with its model on a device; one of shapes alone gets random weights and real inputs."""
     if source.weights == "none":
-        with torch.device(device):
-            source = from_config(source.model.config, source.name, weights=True)
+        source = from_config(source.model.config, source.name, weights=True, image=source.image, device=device)
     source.model.to(device=device, dtype=dtype)
     return source
 
@@ -114,17 +114,9 @@ def prompt(source: Source, words: int) -> dict[str, Tensor]:
             remedy="a model that generates",
         )
     model = source.model
-    config = model.config.get_text_config()
-    rng = torch.Generator().manual_seed(0)
-    made = {}
-    for name, value in source.inputs.items():
-        if value.shape[:2] == source.inputs["input_ids"].shape and value.ndim == 2:
-            more = torch.full((len(value), words), int(name == "attention_mask"), dtype=value.dtype)
-            if name == "input_ids":
-                more = torch.randint(5, min(config.vocab_size, 32000), more.shape, generator=rng)
-            value = torch.cat([value, more.to(value.device)], 1)
-        made[name] = value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-    return made
+    made = longer(source.inputs, words, min(model.config.get_text_config().vocab_size, 32000))
+    dtypes = {name: model.dtype if value.is_floating_point() else value.dtype for name, value in made.items()}
+    return {name: value.to(model.device, dtypes[name]) for name, value in made.items()}
 
 
 def bench_ends(
@@ -165,17 +157,19 @@ def bench_ends(
         ways.append(_way(name, model, inputs, steps, rounds))
         return ways[-1]
 
-    measured("eager", inputs, lambda: None)
-    measured("full", inputs, lambda: model.compile(backend=target))
-    ruled = measured("ruled", inputs, lambda: tokcompile.compile(model, rule, target=target, **options))
-    recording = _recorded(model, rule, options, inputs)
-    if recording.maps:
-        replayed = {**options, "target": target, "replay": recording}
-        measured("ideal", inputs, lambda: tokcompile.compile(model, rule, **replayed))
-    else:
-        short = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
-        measured("ideal", {"input_ids": short}, lambda: model.compile(backend=target))
-    tokcompile.restore(model)
+    try:
+        measured("eager", inputs, lambda: None)
+        measured("full", inputs, lambda: model.compile(backend=target))
+        ruled = measured("ruled", inputs, lambda: tokcompile.compile(model, rule, target=target, **options))
+        recording = _recorded(model, rule, options, inputs)
+        if recording.maps:
+            replayed = {**options, "target": target, "replay": recording}
+            measured("ideal", inputs, lambda: tokcompile.compile(model, rule, **replayed))
+        else:
+            short = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
+            measured("ideal", {"input_ids": short}, lambda: model.compile(backend=target))
+    finally:
+        tokcompile.restore(model)
     kind = "replayed" if recording.maps else "short"
     name = torch.cuda.get_device_name(device) if model.device.type == "cuda" else device
     length = inputs["input_ids"].shape[1]

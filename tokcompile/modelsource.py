@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from tokcompile.binding import RuleInstance
 from tokcompile.buffers import fixed_length
 from tokcompile.capture import capture
 from tokcompile.errors import CaptureError, RuleError, TokredError, known
+from tokcompile.exampleinputs import Size, example_inputs, needs_no_size, text_inputs
 from tokcompile.program import Program
 from tokcompile.report import Explanation, explain
 
@@ -22,9 +23,6 @@ ZOO = "zoo:"
 Result = TypeVar("Result")
 SMALL = 500_000_000
 """Parameters up to which a model that is not one graph may be built with random weights, to be run piece by piece."""
-
-_TEXT_LENGTH = 16
-_OWN_INPUTS = "call tokcompile.report.explain(model, inputs, rules) with inputs of your own"
 
 
 @dataclass(frozen=True)
@@ -35,27 +33,33 @@ class Source:
         name: as the user wrote it.
         weights: `zoo`, as the zoo has them; `own`, as a folder or the hub has them; `random`; `none` where a model was
             built as shapes alone.
+        image: height and width in pixels of its image, where someone chose them.
     """
 
     name: str
     model: torch.nn.Module
     inputs: dict[str, Any]
     weights: str
+    image: Size | None = None
 
 
-def load_source(name: str, batch: int = 1) -> Source:
+def load_source(name: str, batch: int = 1, image: Size | None = None) -> Source:
     """Build the model that a user names, with example inputs of one image or one short text.
 
     A Hugging Face model is built from its configuration as shapes alone: sites and costs need no weights, so none are
     downloaded.
 
+    Args:
+        name: zoo:NAME, a folder or an id.
+        batch: rows of the inputs.
+        image: height and width in pixels of the image, for a model that takes images of any size.
+
     Raises:
-        TokredError: there is no such model, or no inputs are known for its kind.
+        TokredError: there is no such model, no inputs are known for its kind, or it takes no image of that size.
     """
     if name.startswith(ZOO):
-        return _zoo(name, batch)
-    config = _config(name)
-    return from_config(config, name, batch)
+        return _zoo(name, batch, image)
+    return from_config(_config(name), name, batch, image=image)
 
 
 def with_weights(name: str, batch: int = 1) -> Source:
@@ -78,14 +82,14 @@ def with_weights(name: str, batch: int = 1) -> Source:
     return Source(name, model, example_inputs(model, batch), "own")
 
 
-def _zoo(name: str, batch: int) -> Source:
+def _zoo(name: str, batch: int, image: Size | None) -> Source:
     from tokcompile.models import catalogue, listing, zoo
 
     short = name.removeprefix(ZOO)
     if short in catalogue.families():
         family = catalogue.family(short)
         model = family.build()
-        return Source(name, model, family.example(model, batch=batch), "random")
+        return Source(name, model, family.example(model, batch=batch, image=image), "random", image)
     if short not in zoo.ZOO:
         remedy = known(short, [line.name for line in listing.lines()], listing="`tokred models` lists them all")
         raise TokredError(f"the zoo has no model '{short}'", remedy=remedy)
@@ -98,7 +102,8 @@ def _zoo(name: str, batch: int) -> Source:
             remedy="make train, for the model of the demo",
         ) from error
     if loaded.entry.on_meta:
-        return from_config(loaded.model.config, name, batch)
+        return from_config(loaded.model.config, name, batch, image=image or loaded.entry.image)
+    needs_no_size(loaded.model, image)
     return Source(name, loaded.model, loaded.example(batch=batch), "zoo")
 
 
@@ -117,14 +122,33 @@ def _config(name: str) -> Any:
         ) from error
 
 
-def from_config(config: Any, name: str, batch: int = 1, *, weights: bool = False) -> Source:
+def from_config(
+    config: Any,
+    name: str,
+    batch: int = 1,
+    *,
+    weights: bool = False,
+    image: Size | None = None,
+    device: str = "cpu",
+) -> Source:
     """Build a model from a transformers configuration, as shapes alone or with random weights, and inputs for it.
+
+    Args:
+        config, name: of the model.
+        batch, image: as for `load_source`.
+        weights: draw random ones, on `device`.
 
     Raises:
         TokredError: transformers has no model for it, or no inputs are known for its kind.
     """
-    # Fake values rather than the meta device: a cache that starts empty does not trace there.
-    with torch.no_grad(), nullcontext() if weights else FakeTensorMode():
+    from transformers.initialization import no_init_weights
+
+    # Fake values rather than the meta device: a cache that starts empty does not trace there. Nothing is drawn for
+    # them: some models look at what they draw.
+    how = (torch.device(device),) if weights else (FakeTensorMode(), no_init_weights())
+    with torch.no_grad(), ExitStack() as stack:
+        for each in how:
+            stack.enter_context(each)
         try:
             model = _class(config)._from_config(config).eval()
         except TokredError:
@@ -135,7 +159,7 @@ def from_config(config: Any, name: str, batch: int = 1, *, weights: bool = False
                 found=f"{type(error).__name__}: {error}"[:300],
                 remedy="check its configuration with transformers.AutoModel.from_config",
             ) from error
-        return Source(name, model, example_inputs(model, batch), "random" if weights else "none")
+    return Source(name, model, example_inputs(model, batch, image), "random" if weights else "none", image)
 
 
 def _class(config: Any) -> Any:
@@ -152,61 +176,6 @@ def _class(config: Any) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, (tuple, list)) else found
     raise RuleError(f"transformers has no model for '{config.model_type}'", remedy="use a model that transformers has")
-
-
-def example_inputs(model: torch.nn.Module, batch: int) -> dict[str, torch.Tensor]:
-    """Inputs by what the model's configuration says: one image and a short text, a text, or an image.
-
-    Raises:
-        TokredError: the configuration states no image size, as of models that take patches of any number.
-    """
-    config = model.config
-    vision = getattr(config, "vision_config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if vision is None and getattr(config, "image_size", None) is None:
-        return _text(torch.full((batch, _TEXT_LENGTH), 5))
-    pixels = _pixels(vision or config, batch, model.dtype)
-    if vision is None or getattr(text, "vocab_size", None) is None:
-        return {"pixel_values": pixels}
-    token = next(
-        (t for t in (getattr(config, a, None) for a in ("image_token_id", "image_token_index")) if t is not None), None
-    )
-    if token is None:
-        return _text(torch.full((batch, _TEXT_LENGTH), 5)) | {"pixel_values": pixels}
-    image = _image_tokens(model, pixels) // batch
-    row = torch.tensor([1] + [token] * image + [5] * _TEXT_LENGTH)
-    return _text(row.expand(batch, -1)) | {"pixel_values": pixels}
-
-
-def _text(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _pixels(config: Any, batch: int, dtype: torch.dtype) -> torch.Tensor:
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise RuleError(
-            f"no example image is known for a '{config.model_type}' vision tower",
-            found="its configuration states no image_size",
-            remedy=_OWN_INPUTS,
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(batch, getattr(config, "num_channels", 3), height, width, dtype=dtype)
-
-
-def _image_tokens(model: torch.nn.Module, pixels: torch.Tensor) -> int:
-    """Rows that the model makes of the images: its own code says so better than any formula."""
-    try:
-        found = model.get_image_features(pixel_values=pixels)
-    except Exception as error:
-        raise RuleError(
-            "the number of image tokens of this model is not known",
-            found=f"get_image_features: {type(error).__name__}: {error}"[:300],
-            remedy=_OWN_INPUTS,
-        ) from error
-    found = getattr(found, "pooler_output", found)
-    parts = found if isinstance(found, (tuple, list)) else [found]
-    return sum(part.shape[:-1].numel() for part in parts)
 
 
 def capture_source(source: Source) -> tuple[Source, list[Program]]:
@@ -247,7 +216,7 @@ def _tried(source: Source, use: Callable[[Source], Result]) -> Result:
         if source.weights == "none":
             return use(runnable(source))
         if source.weights == "random" and _rows(source) == 1:
-            return use(load_source(source.name, batch=2))
+            return use(load_source(source.name, batch=2, image=source.image))
         raise
 
 
@@ -268,7 +237,7 @@ def runnable(source: Source) -> Source:
             found=f"{count:,} parameters",
             remedy="run it with weights: tokcompile.report.explain(model, inputs, rules)",
         )
-    return from_config(source.model.config, source.name, _rows(source), weights=True)
+    return from_config(source.model.config, source.name, _rows(source), weights=True, image=source.image)
 
 
 def samples(name: str, text: Path | None, count: int, length: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
@@ -290,7 +259,7 @@ def samples(name: str, text: Path | None, count: int, length: int) -> tuple[torc
         config = model.config.get_text_config()
         rng = torch.Generator().manual_seed(0)
         rows = torch.randint(0, config.vocab_size, (count, 1, length), generator=rng)
-        return model, [_text(row) for row in rows]
+        return model, [text_inputs(row) for row in rows]
     if text is None:
         raise RuleError(f"'{name}' needs a text to read", remedy="--text FILE, of the kind that the model is used on")
     return _reader(name, text, count, length)
@@ -314,4 +283,4 @@ def _reader(name: str, text: Path, count: int, length: int) -> tuple[torch.nn.Mo
         raise RuleError(f"'{text}' is too short", found=f"{len(ids)} tokens", remedy=f"--length {len(ids)} or less")
     last = len(ids) - length
     starts = [last * i // max(count - 1, 1) for i in range(count)]
-    return model, [_text(ids[None, start : start + length]) for start in dict.fromkeys(starts)]
+    return model, [text_inputs(ids[None, start : start + length]) for start in dict.fromkeys(starts)]

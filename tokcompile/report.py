@@ -16,6 +16,7 @@ from torch.fx import Node
 from tokcompile.applied import Applied
 from tokcompile.binding import RuleInstance
 from tokcompile.capture import capture
+from tokcompile.choosekernels import Choice, choices_of
 from tokcompile.errors import TokredError
 from tokcompile.flops import Counter, concrete, is_attention_matrix
 from tokcompile.params import plain
@@ -83,11 +84,16 @@ class Measure:
 
 @dataclass
 class Part:
-    """One captured graph: measured as it came, and after the rules; `after` is None when they were refused."""
+    """One captured graph: measured as it came, and after the rules; `after` is None when they were refused.
+
+    Attributes:
+        kernels: for each operator of the rules, whether its Triton kernel would run on the model's device, and why.
+    """
 
     before: Measure
     after: Measure | None = None
     applied: list[Applied] = field(default_factory=list)
+    kernels: list[Choice] = field(default_factory=list)
     milliseconds: float = 0.0
     refused: str = ""
 
@@ -212,6 +218,7 @@ def _explain_one(program: Program, rules: Sequence[RuleInstance], whole: bool) -
         return part
     part.milliseconds = (time.perf_counter() - start) * 1e3
     part.after = measure(program, find_sites(program), blocks, sites, counter)
+    part.kernels = choices_of(program.gm)
     return part
 
 
@@ -322,6 +329,7 @@ def _part_data(part: Part) -> dict[str, Any]:
         "before": _measure_data(part.before),
         "after": _measure_data(part.after) if part.after else None,
         "applied": [{**asdict(a), "counts": dict(a.counts)} for a in part.applied],
+        "kernels": [asdict(choice) for choice in part.kernels],
         "milliseconds": part.milliseconds,
         "refused": part.refused,
     }

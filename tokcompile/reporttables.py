@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -125,10 +126,23 @@ def attention_lines(part: Part) -> list[str]:
     lines = [f"attention: {kept} of {sum(old.fused for old, _ in live)} fused calls stay fused"]
     lines.append(matrices_line(part.before, after))
     lines += [f"cost not known, counted as 0: {name}" for name in after.unknown]
+    lines += kernel_lines(part)
     lines.append(
         f"graph: {part.before.nodes} calls before, {after.nodes} after, rewritten and verified in "
         f"{part.milliseconds:.0f} ms"
     )
+    return lines
+
+
+def kernel_lines(part: Part) -> list[str]:
+    """Which operators of the rules run as Triton kernels and which as references, by the reason."""
+    groups: dict[tuple[bool, str], Counter[str]] = {}
+    for choice in part.kernels:
+        groups.setdefault((choice.kernel, choice.reason), Counter())[choice.op] += 1
+    lines = []
+    for (kernel, reason), ops in groups.items():
+        names = ", ".join(op if count == 1 else f"{count} {op}" for op, count in ops.items())
+        lines.append(f"{'Triton kernels' if kernel else 'references'} ({reason}): {names}")
     return lines
 
 

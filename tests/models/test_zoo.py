@@ -35,7 +35,9 @@ def test_padding_stands_on_the_left_and_images_stay_whole(name: str) -> None:
         assert torch.equal((plain["input_ids"] == image).sum(1), (padded["input_ids"] == image).sum(1))
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llava-1.5-7b", 7.06), ("llama-3.1-8b", 8.03)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llava-1.5-7b", 7.06), ("llama-3.1-8b", 8.03), ("qwen2.5-vl-7b", 8.29)]
+)
 def test_real_proportions_are_built_without_memory(name: str, billions: float) -> None:
     model = zoo.load(name).model
     assert all(p.is_meta for p in model.parameters())

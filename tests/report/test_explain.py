@@ -100,6 +100,11 @@ def test_as_data(explanation: Explanation) -> None:
     part = data["parts"][0]
     assert part["after"]["flops"] == sum(part["after"]["totals"].values())
     assert [step["verb"] for step in part["applied"][0]["steps"]][-1] == "drop"
+    assert {each["op"] for each in part["kernels"]} >= {"attention_received", "kept_indices", "gather_tokens"}
+    assert {(each["kernel"], each["reason"]) for each in part["kernels"]} == {
+        (False, "its tensors are on cpu; kernels run on cuda"),
+        (False, "the operator has no kernel"),
+    }
     assert part["milliseconds"] > 0 and data["versions"]["torch"] == torch.__version__
 
 
@@ -111,6 +116,7 @@ def test_as_table(explanation: Explanation, plain: bool) -> None:
     assert "decoder.2" in text and "no output reads it" in text
     assert "5 of 5 fused calls stay fused" in text
     assert "no attention matrix [B, H, N, N] with N > 256" in text
+    assert "references (its tensors are on cpu; kernels run on cuda): " in text
 
 
 class _Page(HTMLParser):

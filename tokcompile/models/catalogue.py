@@ -27,6 +27,7 @@ from tokcompile.models.families import scaled_init
 from tokcompile.models.inputs import images as image_inputs
 from tokcompile.models.inputs import pixels, sequences, text
 from tokcompile.models.inputs import videos as video_inputs
+from tokcompile.models.inputs.prompt import Pair
 
 DATA = Path(__file__).parent / "data"
 INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -154,11 +155,12 @@ class Family(BaseModel):
         seed: int = 0,
         images: int = 1,
         videos: int = 0,
+        image: Pair | None = None,
     ) -> dict[str, Tensor]:
         """Arguments of the model's forward, the same for the same seed.
 
         Args:
-            model: what `build` returned.
+            model: what `build` returned, or any other model of the family's class.
             batch: rows.
             padded: rows of a text have different lengths, padded on the left, or an encoder's on the right.
             length: tokens of text.
@@ -166,9 +168,11 @@ class Family(BaseModel):
             images: in each row of a text, where there are any. With 0, a vision-language model is given text only:
                 input_ids and attention_mask, int64 [batch, length].
             videos: in each row of a text, rather than images, which must then be 0.
+            image: height and width in pixels of every image, where a family takes images of any size; small ones of
+                several sizes by default.
 
         Raises:
-            TokredError: the family takes no videos, or images are asked for beside them.
+            TokredError: the family takes no videos, or images are asked for beside them; or no image of that size.
         """
         given = {"batch": batch, "padded": padded, "length": length, "seed": seed}
         if videos:
@@ -177,7 +181,8 @@ class Family(BaseModel):
             return text.text(model, **given)
         maker = INPUTS[self.inputs]
         more = {"images": images} if "images" in inspect.signature(maker).parameters else {}
-        return maker(model, **given, **more, **self.options)
+        options = self.options if image is None else image_inputs.of_size(model, self.options, image)
+        return maker(model, **given, **more, **options)
 
     def _with_videos(self, model: nn.Module, images: int, videos: int, given: dict[str, Any]) -> dict[str, Tensor]:
         if self.videos is None:
@@ -220,3 +225,9 @@ def family(name: str) -> Family:
     if name not in families():
         raise TokredError(f"the catalogue has no family '{name}'", remedy=known(name, families()))
     return families()[name]
+
+
+def of_type(model_type: str) -> Family | None:
+    """The family of transformers' models of a type; None where the catalogue has none."""
+    of = (line for line in families().values() if line.source == "transformers")
+    return next((line for line in of if (line.type or line.name) == model_type), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -50,6 +52,12 @@ def decoder_meta(model_type: str, config: Data) -> PreTrainedModel:
     """Such a model on the meta device: shapes only, no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+
+
+def vlm_meta(model_type: str, config: Data) -> PreTrainedModel:
+    """A vision-language model of one of transformers' types on the meta device: shapes only, no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **deepcopy(config)))
 
 
 def clip_vision(config: Data, *, seed: int = 0) -> CLIPVisionModel:

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTra
 
 from tokcompile.errors import TokredError, known
 
-from . import digits, families, retrieval
+from . import catalogue, digits, families, retrieval
 
 Kind = Literal["vlm", "decoder", "vision"]
 PAD, BOS = 0, 1
@@ -82,6 +82,38 @@ _LLAMA_31_8B = {
         "original_max_position_embeddings": 8192,
     },
 }
+_QWEN_25_VL_7B = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
 _MEDIUM_TEXT = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -98,13 +130,20 @@ _MEDIUM_TEXT = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo: what it is, and how it is built."""
+    """A model of the zoo: what it is, and how it is built.
+
+    Attributes:
+        text_length: tokens of text after <bos> and the image.
+        on_meta: its weights are shapes alone.
+        image: height and width in pixels of its example image, of a model that takes images of any size.
+    """
 
     about: str
     kind: Kind
     build: Callable[[], PreTrainedModel] = field(repr=False)
     text_length: int = 8
     on_meta: bool = False
+    image: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +176,14 @@ class Loaded:
 
         Returns:
             input_ids and attention_mask int64 [batch, sequence] and pixel_values [batch, 3, height, width], or
-            those of them that the kind of model takes.
+            those of them that the kind of model takes; of an entry with an `image`, what its family is given.
         """
         length = self.entry.text_length if text_length is None else text_length
+        if self.entry.image is not None:
+            family = catalogue.of_type(self.model.config.model_type)
+            given = family.example(self.model, batch, padded, 1 + length, seed, image=self.entry.image)
+            # Sizes of images are read as numbers, and a value on the meta device is none.
+            return given if self.entry.on_meta else {name: self._place(value) for name, value in given.items()}
         if self.name == "llava-digits" and text_length in (None, self.entry.text_length):
             canvases = digits.canvases("test", batch, seed)
             inputs, ids = {"pixel_values": canvases.pixel_values}, canvases.input_ids
@@ -223,6 +267,14 @@ ZOO: dict[str, Entry] = {
         lambda: families.llava_meta(_CLIP_L_336, _LLAMA_7B, **_LLAVA_15),
         63,
         on_meta=True,
+    ),
+    "qwen2.5-vl-7b": Entry(
+        "Qwen2.5-VL-7B's configuration on the meta device, no weights: an image of 4,692 tokens",
+        "vlm",
+        lambda: families.vlm_meta("qwen2_5_vl", _QWEN_25_VL_7B),
+        63,
+        on_meta=True,
+        image=(136 * 14, 138 * 14),
     ),
     "llama-3.1-8b": Entry(
         "Llama-3.1-8B's configuration on the meta device, no weights",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokcompile.errors import TokredError
 from tokcompile.models.inputs.prompt import Pair, noise, prompt, windows
 
 
@@ -134,6 +135,38 @@ def patches(
         known = {name: inputs[name] for name in inspect.signature(rope).parameters if name in inputs}
         inputs["position_ids"] = rope(**known)[0]
     return inputs
+
+
+def of_size(model: nn.Module, options: dict[str, Any], image: Pair) -> dict[str, Any]:
+    """Options of a maker, with images of one size in place of its own.
+
+    Args:
+        options: of `crops` or `sized`, which take `sizes`, or of `patches`, which takes `grids`.
+        image: height and width in pixels.
+
+    Raises:
+        TokredError: the maker's images have sizes of their own; or the model cuts images in patches of which this one
+            is no multiple.
+    """
+    if "sizes" in options:
+        return {**options, "sizes": [list(image)]}
+    vision = model.config.vision_config
+    if "grids" not in options:
+        raise TokredError(
+            "the model takes images of one size alone",
+            found=f"an image of {image[0]} x {image[1]} was asked for",
+            remedy="leave the size of the image out",
+        )
+    unit = vision.patch_size * vision.spatial_merge_size
+    if image[0] % unit or image[1] % unit or min(image) < unit:
+        near = " x ".join(str(max(round(n / unit), 1) * unit) for n in image)
+        raise TokredError(
+            f"an image of {image[0]} x {image[1]} pixels cannot be cut into patches",
+            found=f"{vision.spatial_merge_size} x {vision.spatial_merge_size} patches of {vision.patch_size} x "
+            f"{vision.patch_size} pixels make a token",
+            remedy=f"multiples of {unit}, such as {near}",
+        )
+    return {**options, "grids": [[1, *(n // vision.patch_size for n in image)]]}
 
 
 def tiles(
