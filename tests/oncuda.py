@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import graphs
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -51,6 +52,17 @@ def lowered_as_on_cuda() -> Iterator[list[tuple[GraphModule, list[Choice]]]]:
 
     with mock.patch.object(tokcompile.backend, "lower", lower):
         yield seen
+
+
+def lowered(step: Callable[..., Any], values: Sequence[Tensor]) -> list[str]:
+    """The operators of a step as on a GPU, which must give what the references give; arguments may be changed."""
+    found = graphs.traced(step, *(each.clone() for each in values))
+    put_on_cuda(found.gm)
+    choose_kernels(found.gm)
+    got, want = (run(*(each.clone() for each in values)) for run in (found.gm, step))
+    for one, other in zip(*map(tensors, (got, want)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    return [node.target._schema.name for node in found.gm.graph.nodes if hasattr(node.target, "_schema")]
 
 
 def tensors(values: Any) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -238,9 +238,8 @@ def _graphs(
 
     torch._dynamo.reset()
     try:
-        torch.compile(call, backend=keep, dynamic=dynamic, fullgraph=whole)(**inputs)
-    except _Captured:
-        pass  # the graph is all that was wanted
+        with suppress(_Captured):  # which `stop` raises: the graph is all that was wanted
+            torch.compile(call, backend=keep, dynamic=dynamic, fullgraph=whole)(**inputs)
     finally:
         torch._dynamo.reset()
     return found

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import graphs
 import oncuda
 import pytest
 import torch
 from drawn import made
 from torch import Tensor
-
-from tokcompile.choosekernels import choose_kernels
 
 pytestmark = pytest.mark.usefixtures("kernels_unmeasured")
 ops = torch.ops.tokred
@@ -24,17 +21,6 @@ MASK, INDEX, OTHER = (
 )
 VALUES = (QUERY, KEY, VALUE, MASK, INDEX, OTHER)
 Step = Callable[..., Any]
-
-
-def lowered(step: Step) -> list[str]:
-    """The operators of a step as on a GPU, which must give what the references give."""
-    found = graphs.traced(step, *(each.clone() for each in VALUES))
-    oncuda.put_on_cuda(found.gm)
-    choose_kernels(found.gm)
-    got, want = (run(*(each.clone() for each in VALUES)) for run in (found.gm, step))
-    for one, other in zip(*map(oncuda.tensors, (got, want)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    return [node.target._schema.name for node in found.gm.graph.nodes if hasattr(node.target, "_schema")]
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, other: Tensor) -> Tensor:
@@ -55,7 +41,7 @@ def same_keys_and_values(
 
 @pytest.mark.parametrize("step", [masked, plain, same_keys_and_values])
 def test_chosen_keys_are_read_where_they_are(step: Step) -> None:
-    called = lowered(step)
+    called = oncuda.lowered(step, VALUES)
     assert called.count("tokred_triton::attend_chosen") == 1
     assert not [name for name in called if "gather" in name]
 
@@ -86,6 +72,6 @@ def cache_is_changed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, in
 
 @pytest.mark.parametrize("step", [two_indices, keys_are_read_again, keys_are_turned, mask_is_another, cache_is_changed])
 def test_what_else_is_made_of_them_keeps_the_gathers(step: Step) -> None:
-    called = lowered(step)
+    called = oncuda.lowered(step, VALUES)
     assert "tokred_triton::attend" in called and "tokred_triton::attend_chosen" not in called
     assert [name for name in called if "gather" in name]

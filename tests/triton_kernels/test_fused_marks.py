@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import fleet
-import graphs
 import harness
 import oncuda
 import pytest
@@ -14,23 +13,10 @@ import torch
 from drawn import made
 from torch import Tensor
 
-from tokcompile.choosekernels import choose_kernels
-
 pytestmark = pytest.mark.usefixtures("kernels_unmeasured")
 ops = torch.ops.tokred
 VALUES = (made(0, 2, 20, 8), made(1, 2, 20) > -0.5, made(2, 8))
 Step = Callable[[Tensor, Tensor, Tensor], Any]
-
-
-def lowered(step: Step) -> list[str]:
-    """The operators of a step as on a GPU, which must give what the references give."""
-    found = graphs.traced(step, *(each.clone() for each in VALUES))
-    oncuda.put_on_cuda(found.gm)
-    choose_kernels(found.gm)
-    got, want = (run(*(each.clone() for each in VALUES)) for run in (found.gm, step))
-    for one, other in zip(*map(oncuda.tensors, (got, want)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    return [node.target._schema.name for node in found.gm.graph.nodes if hasattr(node.target, "_schema")]
 
 
 def means(x: Tensor, runs: Tensor, content: Tensor) -> Any:
@@ -50,7 +36,7 @@ def nothing(x: Tensor, runs: Tensor, content: Tensor) -> Any:
 
 @pytest.mark.parametrize("step", [means, given, nothing])
 def test_slots_and_tokens_are_one_launch(step: Step) -> None:
-    called = lowered(step)
+    called = oncuda.lowered(step, VALUES)
     assert called.count("tokred_triton::mark_pack") == 1
     assert not [name for name in called if name.endswith(("mark_slots", "mark_tokens", "slot_means"))]
 
@@ -97,6 +83,6 @@ APART = [means_are_read_again, means_of_others, tokens_come_later, two_sequences
 
 @pytest.mark.parametrize("step", APART)
 def test_what_else_is_made_of_them_keeps_them_apart(step: Step) -> None:
-    called = lowered(step)
+    called = oncuda.lowered(step, VALUES)
     assert "tokred_triton::mark_slots" in called and "tokred_triton::mark_tokens" in called
     assert "tokred_triton::mark_pack" not in called
