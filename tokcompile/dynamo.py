@@ -8,6 +8,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ def prepare() -> None:
     _install_hooks_while_tracing()
     _keep_vision_in_forward()
     _count_sizes_as_numbers()
+
+
+def without_flags() -> AbstractContextManager[None]:
+    """Dynamo's capture flags as PyTorch has them, for a model that is compiled without a rule beside one with.
+
+    With the flags, PyTorch traces a read of a tensor's values where it would split the graph, and may then fail.
+    """
+    return torch._dynamo.config.patch(_defaults)
 
 
 def _install_hooks_while_tracing() -> None:

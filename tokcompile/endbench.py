@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tokcompile
+from tokcompile.dynamo import without_flags
 from tokcompile.errors import CaptureError
 from tokcompile.exampleinputs import longer
 from tokcompile.modelsource import Source, from_config
@@ -148,18 +150,22 @@ def bench_ends(
     task = bar.add_task("eager", total=4) if bar is not None else None
     ways: list[Way] = []
 
+    def plain() -> None:
+        model.compile(backend=target)
+
     def measured(name: str, inputs: Mapping[str, Tensor], compiles: Callable[[], Any]) -> Way:
         if bar is not None:
             bar.update(task, description=name, advance=1)
         tokcompile.restore(model)
         torch._dynamo.reset()
         compiles()
-        ways.append(_way(name, model, inputs, steps, rounds))
+        with without_flags() if compiles is plain else nullcontext():
+            ways.append(_way(name, model, inputs, steps, rounds))
         return ways[-1]
 
     try:
         measured("eager", inputs, lambda: None)
-        measured("full", inputs, lambda: model.compile(backend=target))
+        measured("full", inputs, plain)
         ruled = measured("ruled", inputs, lambda: tokcompile.compile(model, rule, target=target, **options))
         recording = _recorded(model, rule, options, inputs)
         if recording.maps:
@@ -167,7 +173,7 @@ def bench_ends(
             measured("ideal", inputs, lambda: tokcompile.compile(model, rule, **replayed))
         else:
             short = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
-            measured("ideal", {"input_ids": short}, lambda: model.compile(backend=target))
+            measured("ideal", {"input_ids": short}, plain)
     finally:
         tokcompile.restore(model)
     kind = "replayed" if recording.maps else "short"
