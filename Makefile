@@ -72,7 +72,7 @@ schema: setup
 
 # Writes docs/results.md from the report of the last `make demo`.
 results: setup
-	$(BIN)/python -m tokcompile.demo_results build/demo/report.json > docs/results.md
+	$(BIN)/python -m tokcompile.pages.demo_results build/demo/report.json > docs/results.md
 
 # Measures every rule of the library at six budgets on the model of the demo, goes on where an earlier run stopped, and
 # writes docs/sweep.md and docs/sweep.svg. After a change of the package's code: make sweep SWEEP_ARGS=--fresh

@@ -23,7 +23,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import tokcompile
-from tokcompile.capture import from_export
+from tokcompile.capturing.capture import from_export
 from tokcompile.models.catalogue import Family
 from tokcompile.onnx_export.export import Exported, write
 from tokcompile.recording import Recording, replay

@@ -17,8 +17,8 @@ from harness import difference, prune
 from torch import Tensor, nn
 
 import tokcompile
-from tokcompile import imagesizes
-from tokcompile.capture import capture
+from tokcompile.capturing import imagesizes
+from tokcompile.capturing.capture import capture
 from tokcompile.models.catalogue import Family
 from tokcompile.program import Program
 from tokcompile.sites import Sites, find_sites

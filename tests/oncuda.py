@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 import tokcompile.backend
-from tokcompile.choosekernels import Choice, choose_kernels
+from tokcompile.lowering.choosekernels import Choice, choose_kernels
 
 
 def to_cuda(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from tokcompile.binding import RuleInstance
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rule

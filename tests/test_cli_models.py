@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tokcompile.cli import app
 from tokcompile.models import catalogue, families, zoo
-from tokcompile.sitepages import spans
+from tokcompile.pages.sitepages import spans
 
 RUN = CliRunner()
 VISION = {
@@ -165,7 +165,7 @@ def test_sites_of_a_family(name: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_pieces_are_shown_with_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was when a product of sizes by NumPy was no number."""
-    monkeypatch.setattr("tokcompile.dynamo._numbers", lambda variable: None)
+    monkeypatch.setattr("tokcompile.capturing.dynamo._numbers", lambda variable: None)
     result = RUN.invoke(app, ["sites", "zoo:llava_next"])
     assert result.exit_code == 0, result.output
     words = result.stdout.split()
@@ -182,8 +182,8 @@ def test_explain_a_family() -> None:
 
 def test_a_family_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was without what is computed before the graph."""
-    monkeypatch.setattr("tokcompile.capture.precompute", lambda model, inputs: dict(inputs))
-    monkeypatch.setattr("tokcompile.capture.packed", nullcontext)
+    monkeypatch.setattr("tokcompile.capturing.capture.precompute", lambda model, inputs: dict(inputs))
+    monkeypatch.setattr("tokcompile.capturing.capture.packed", nullcontext)
     error = as_json("sites", "zoo:qwen2_vl")["error"]
     assert error["cause"] == "the model decides by a size that is known only when it runs"
     assert "modeling_qwen2_vl.py" in error["where"][0]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tokcompile import endbench
+from tokcompile.bench import endbench
+from tokcompile.capturing.dynamo import prepare, without_flags
 from tokcompile.cli import app
-from tokcompile.dynamo import prepare, without_flags
 from tokcompile.models import catalogue, zoo
 from tokcompile.modelsource import from_config, load_source
 

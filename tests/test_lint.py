@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from tokcompile import lint, modelsource, ropesimilarity
-from tokcompile.buffers import Values
-from tokcompile.capture import capture
+from tokcompile import lint, modelsource
+from tokcompile.capturing.buffers import Values
+from tokcompile.capturing.capture import capture
 from tokcompile.cli import app
 from tokcompile.errors import TokredError
 from tokcompile.models import catalogue
+from tokcompile.rope import ropesimilarity
 from tokcompile.rulefile import load_rule
 from tokcompile.sites import find_sites
 from tokcompile.sites.frequencies import find_curves

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokcompile import ropebounds
 from tokcompile.errors import TokredError
+from tokcompile.rope import ropebounds
 
 LENGTHS = st.floats(1, 1e8)
 LAYERS = st.integers(1, 200)

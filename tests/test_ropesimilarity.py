@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcompile import ropesimilarity
 from tokcompile.errors import TokredError
-from tokcompile.ropebounds import ladder
+from tokcompile.rope import ropesimilarity
+from tokcompile.rope.ropebounds import ladder
 
 
 @settings(max_examples=25)

@@ -14,7 +14,7 @@ from graphs import traced
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
 from tokcompile.passes import PASSES, Context
 from tokcompile.program import Program
 from tokcompile.sites import find_sites

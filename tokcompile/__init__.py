@@ -2,8 +2,8 @@
 
 from tokcompile.api import compile, export, restore, rewrite
 from tokcompile.calibration import calibrate
+from tokcompile.capturing.imagesizes import precompute
 from tokcompile.errors import AddressError, CaptureError, EditError, LowerError, RuleError, TokredError
-from tokcompile.imagesizes import precompute
 from tokcompile.onnx_export.engine import export_tensorrt
 from tokcompile.onnx_export.export import export_onnx
 from tokcompile.recording import Recording

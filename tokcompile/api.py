@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from tokcompile import attention, imagesizes, seen, slidingcache, staticcache
-from tokcompile.batchwise import whole_batches
 from tokcompile.binding import RuleInstance
-from tokcompile.capture import from_export
-from tokcompile.carried import Carried, check_compiled
-from tokcompile.dynamo import install_hooks, know_caches, prepare
+from tokcompile.capturing import attention, imagesizes
+from tokcompile.capturing.batchwise import whole_batches
+from tokcompile.capturing.capture import from_export
+from tokcompile.capturing.dynamo import install_hooks, know_caches, prepare
+from tokcompile.decoding import seen, slidingcache, staticcache
+from tokcompile.decoding.carried import Carried, check_compiled
+from tokcompile.decoding.fixedslots import check_rules
 from tokcompile.errors import RuleError
-from tokcompile.fixedslots import check_rules
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import parse_rules

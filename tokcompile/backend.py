@@ -10,12 +10,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from tokcompile.applied import Applied
-from tokcompile.capture import from_dynamo
-from tokcompile.carried import carry
-from tokcompile.choosekernels import Choice
-from tokcompile.dynamo import prepare
+from tokcompile.capturing.capture import from_dynamo
+from tokcompile.capturing.dynamo import prepare
+from tokcompile.decoding.carried import carry
 from tokcompile.errors import EditError, RuleError, TokredError
-from tokcompile.lower import TARGETS, lower
+from tokcompile.lowering.choosekernels import Choice
+from tokcompile.lowering.lower import TARGETS, lower
 from tokcompile.pieces import pieces_of, rules_here
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program, place

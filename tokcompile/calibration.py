@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from tokcompile.capture import from_dynamo
-from tokcompile.dynamo import prepare
+from tokcompile.capturing.capture import from_dynamo
+from tokcompile.capturing.dynamo import prepare
+from tokcompile.capturing.imagesizes import packed, precompute
 from tokcompile.errors import CaptureError, EditError, RuleError
-from tokcompile.imagesizes import packed, precompute
 from tokcompile.kernels import _order
 from tokcompile.passes.pairtable import TABLE
 from tokcompile.pipeline import facts

@@ -90,7 +90,7 @@ def print_page(page: RenderableType) -> None:
 @shows_errors
 def rules(as_json: AsJson = False) -> None:
     """List the rules of the library."""
-    from tokcompile import rulepages
+    from tokcompile.pages import rulepages
 
     found = rulepages.library()
     if as_json:
@@ -107,7 +107,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a rule: where it comes from, its options, its steps."""
-    from tokcompile import rulefile, rulepages
+    from tokcompile import rulefile
+    from tokcompile.pages import rulepages
 
     loaded = rulefile.load_rule(rule)
     if as_json:
@@ -135,8 +136,8 @@ def check(file: RulePath, as_json: AsJson = False) -> None:
 @shows_errors
 def models(as_json: AsJson = False) -> None:
     """List the models that zoo:NAME names: small ones, nearly all with random weights, one a family."""
-    from tokcompile import sitepages
     from tokcompile.models import listing
+    from tokcompile.pages import sitepages
 
     found = [asdict(line) for line in listing.lines()]
     if as_json:
@@ -172,7 +173,8 @@ def progress() -> Progress:
 def sites(model: Model, as_json: AsJson = False) -> None:
     """List what a rule may address in a model: stacks, blocks, heads, tokens, positions, windows, caches."""
     with waiting(f"capturing {model}"):
-        from tokcompile import modelsource, sitepages
+        from tokcompile import modelsource
+        from tokcompile.pages import sitepages
 
         source, programs = modelsource.capture_source(modelsource.load_source(model))
         data = sitepages.sites_data(source.name, programs)
@@ -237,7 +239,8 @@ def lint(
     rules = [load_rule(rule).bind(**key_values(options or []))] if rule is not None else []
     with waiting(f"capturing {model}"):
         from tokcompile import lint as run
-        from tokcompile import lintpages, modelsource
+        from tokcompile import modelsource
+        from tokcompile.pages import lintpages
 
         lengths = run.Lengths.parse(context or [])
         source = modelsource.load_source(model)
@@ -302,7 +305,7 @@ def demo(
 ) -> None:
     """Prune a small model trained on real digits by three rules: accuracy, cost, time, and how far from ideal."""
     from tokcompile import demo as run
-    from tokcompile import demo_page
+    from tokcompile.pages import demo_page
 
     settings = run.Settings(images=images, batch=batch, rounds=rounds)
     with progress() as bar:
@@ -330,8 +333,8 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Measure rules by budgets on a small trained model: accuracy and tokens. Goes on where it was interrupted."""
-    from tokcompile import plots, sweep_page
     from tokcompile import sweep as run
+    from tokcompile.pages import plots, sweep_page
 
     plots.needs_matplotlib()
     words = {"rules": _commas(rules), "keeps": _commas(keeps) or run.KEEPS}
@@ -363,8 +366,8 @@ def retrieval(
     as_json: AsJson = False,
 ) -> None:
     """Measure rules that evict keys: needles found and perplexity by budget. Goes on where it was interrupted."""
-    from tokcompile import plots, retrieval_page
     from tokcompile import retrieval as run
+    from tokcompile.pages import plots, retrieval_page
 
     plots.needs_matplotlib()
     words = {"rules": _commas(rules), "budgets": _commas(budgets) or run.BUDGETS}

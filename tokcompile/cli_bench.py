@@ -68,7 +68,8 @@ def _ends(
         raise LowerError(f"no weights are of '{dtype}'", remedy=known(dtype, DTYPES))
     import torch
 
-    from tokcompile import endbench, exampleinputs, kernelbench, modelsource
+    from tokcompile import exampleinputs, modelsource
+    from tokcompile.bench import endbench, kernelbench
     from tokcompile.rulefile import load_rule
 
     if device != "cpu":
@@ -88,9 +89,9 @@ def _ends(
 def _kernels(
     ops: list[str], rounds: int, sizes: list[int], plot: Path | None, table: Path | None, as_json: bool
 ) -> None:
-    from tokcompile import kernelbench
-    from tokcompile.kernelplot import plot as picture
-    from tokcompile.plots import needs_matplotlib
+    from tokcompile.bench import kernelbench
+    from tokcompile.bench.kernelplot import plot as picture
+    from tokcompile.pages.plots import needs_matplotlib
 
     names = kernelbench.names(ops)
     kernelbench.needs_gpu()

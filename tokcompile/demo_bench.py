@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
-from tokcompile.capture import from_dynamo
-from tokcompile.dynamo import prepare
+from tokcompile.capturing.capture import from_dynamo
+from tokcompile.capturing.dynamo import prepare
 from tokcompile.errors import CaptureError
-from tokcompile.lower import lower
+from tokcompile.lowering.lower import lower
 from tokcompile.program import Program
 from tokcompile.recording import Recording, record, replay
 

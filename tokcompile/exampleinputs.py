@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tokcompile.capture import unloaded
+from tokcompile.capturing.capture import unloaded
 from tokcompile.errors import RuleError
 from tokcompile.models import catalogue
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tokcompile import ropebounds, ropesimilarity
 from tokcompile.binding import RuleInstance
-from tokcompile.buffers import Values
+from tokcompile.capturing.buffers import Values
+from tokcompile.capturing.imagesizes import packed, precompute
 from tokcompile.errors import TokredError
-from tokcompile.imagesizes import packed, precompute
 from tokcompile.modelsource import Source, capture_at
 from tokcompile.program import Program
-from tokcompile.ropebounds import BOUNDS, COHERENCE, Verdict
-from tokcompile.ropetable import TableCheck, check_tables
+from tokcompile.rope import ropebounds, ropesimilarity
+from tokcompile.rope.ropebounds import BOUNDS, COHERENCE, Verdict
+from tokcompile.rope.ropetable import TableCheck, check_tables
 from tokcompile.sites import find_sites
 from tokcompile.sites.frequencies import Curve, Section, Unknown, find_curves
 from tokcompile.wasted import COUNTED, Balance, balance

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from tokcompile.binding import RuleInstance
-from tokcompile.buffers import fixed_length
-from tokcompile.capture import capture
+from tokcompile.capturing.buffers import fixed_length
+from tokcompile.capturing.capture import capture
 from tokcompile.errors import CaptureError, RuleError, TokredError, known
 from tokcompile.exampleinputs import Size, example_inputs, needs_no_size, text_inputs
 from tokcompile.program import Program

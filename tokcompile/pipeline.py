@@ -10,13 +10,13 @@ import tokcompile.kernels  # noqa: F401  registers the operators that passes ins
 from tokcompile.applied import Applied
 from tokcompile.axes import product
 from tokcompile.binding import ResolvedRule, RuleInstance
-from tokcompile.carried import return_handed
-from tokcompile.crosscache import check_lengths, masked_lengths
-from tokcompile.decode import adapt_decode
+from tokcompile.decoding.carried import return_handed
+from tokcompile.decoding.crosscache import check_lengths, masked_lengths
+from tokcompile.decoding.decode import adapt_decode
+from tokcompile.decoding.giventokens import follow_given
 from tokcompile.dump import dump
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
 from tokcompile.errors import CaptureError, EditError, TokredError
-from tokcompile.giventokens import follow_given
 from tokcompile.passes import PASSES, Context
 from tokcompile.passes.context import class_tokens
 from tokcompile.passes.insertplaces import Slots

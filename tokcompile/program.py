@@ -14,7 +14,7 @@ from tokcompile.axes import Axes, infer
 from tokcompile.weights import Weights
 
 if TYPE_CHECKING:
-    from tokcompile.carried import Carried
+    from tokcompile.decoding.carried import Carried
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from tokcompile.applied import Applied
 from tokcompile.binding import RuleInstance
-from tokcompile.capture import capture
-from tokcompile.choosekernels import Choice, choices_of
+from tokcompile.capturing.capture import capture
 from tokcompile.errors import TokredError
 from tokcompile.flops import Counter, concrete, is_attention_matrix
+from tokcompile.lowering.choosekernels import Choice, choices_of
 from tokcompile.params import plain
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program, tensor
@@ -147,13 +147,13 @@ class Explanation:
 
     def to_table(self, plain: bool = False) -> RenderableType:
         """Tables for a terminal; plain ones have no frames, for pipes and files."""
-        from tokcompile.reporttables import render
+        from tokcompile.pages.reporttables import render
 
         return render(self, plain)
 
     def to_html(self) -> str:
         """One self-contained page: no script, nothing fetched."""
-        from tokcompile.pages import explanation_page
+        from tokcompile.pages.html import explanation_page
 
         return explanation_page(self)
 

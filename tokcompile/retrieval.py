@@ -28,7 +28,7 @@ from tokcompile import api
 from tokcompile.binding import RuleInstance
 from tokcompile.budget import Budget
 from tokcompile.errors import RuleError, TokredError
-from tokcompile.lower import TARGETS
+from tokcompile.lowering.lower import TARGETS
 from tokcompile.models import retrieval, zoo
 from tokcompile.params import plain
 from tokcompile.report import versions

@@ -22,7 +22,7 @@ from tokcompile.demo import MODEL, answers_of, image_token_of
 from tokcompile.demo_bench import Bench
 from tokcompile.demo_data import SEED, Questions, digit_questions
 from tokcompile.errors import RuleError, TokredError
-from tokcompile.lower import TARGETS
+from tokcompile.lowering.lower import TARGETS
 from tokcompile.report import Part, explain_captured, versions
 from tokcompile.rulefile import Rule, load_rule, rule_names
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tokcompile
-from tokcompile.batchwise import whole_batches
+from tokcompile.capturing.batchwise import whole_batches
 from tokcompile.errors import CaptureError
 
 

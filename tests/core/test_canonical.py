@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.program import Program
 
 ROWS, TOKENS, WIDTH = 2, 6, 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokcompile.dynamo import prepare
+from tokcompile.capturing.dynamo import prepare
 
 
 def whole(function: Callable[[Tensor], Tensor], x: Tensor, dynamic: bool = False) -> Tensor:

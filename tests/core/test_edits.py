@@ -16,16 +16,16 @@ from graphs import calls, traced
 from harness import difference
 from torch import Tensor
 
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.dump import as_text
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
+from tokcompile.editing.tokenmap import make_map
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
 from tokcompile.pipeline import apply_rules
 from tokcompile.program import Program
 from tokcompile.rulefile import load_rule, parse_rules
 from tokcompile.sites import find_sites
-from tokcompile.tokenmap import make_map
-from tokcompile.transport import Transport
 from tokcompile.verify import verify
 
 aten = torch.ops.aten

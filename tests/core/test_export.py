@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import tokcompile
-from tokcompile.capture import from_export
+from tokcompile.capturing.capture import from_export
 
 RULES = {
     "fastv": ({"keep": 5}, lambda m, i: naive.run(m, i, [naive.fastv(2, 5)])),

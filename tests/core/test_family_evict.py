@@ -25,7 +25,7 @@ from harness import difference, greedy, prune, refusal
 from torch import Tensor, nn
 
 import tokcompile
-from tokcompile import imagesizes
+from tokcompile.capturing import imagesizes
 from tokcompile.models import catalogue
 from tokcompile.rulefile import load_rule, rule_names
 

@@ -19,7 +19,7 @@ from harness import greedy, prune, refusal
 from torch import Tensor
 
 import tokcompile
-from tokcompile import imagesizes
+from tokcompile.capturing import imagesizes
 from tokcompile.models import catalogue
 from tokcompile.rulefile import load_rule, rule_names
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokcompile
-from tokcompile import imagesizes
 from tokcompile.axes import Atom
-from tokcompile.edit import Editor
+from tokcompile.capturing import imagesizes
+from tokcompile.editing.edit import Editor
 from tokcompile.models import catalogue
 from tokcompile.passes.fold import of_patches, scores_of_features
 from tokcompile.pipeline import apply_rules

@@ -337,7 +337,7 @@ def test_a_step_of_words_has_nothing_of_it(tmp_path: Path) -> None:
     for layer in (True, False):
         torch._dynamo.reset()
         path = rule(tmp_path, {"where": "every:4", "shared": True, **POSITIONS["counted"]}, layer=layer)
-        carried = tokcompile.carried.Carried()
+        carried = tokcompile.decoding.carried.Carried()
         pruned = prune(model, rule=path, carried=carried)
         cache = pruned(**inputs).past_key_values
         mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], 1)

@@ -14,7 +14,7 @@ from harness import difference, greedy, prune
 from torch import Tensor, nn
 
 import tokcompile
-from tokcompile import imagesizes
+from tokcompile.capturing import imagesizes
 from tokcompile.models import catalogue
 
 pytestmark = pytest.mark.usefixtures("one_thread")

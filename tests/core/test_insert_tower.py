@@ -20,7 +20,7 @@ from harness import difference, prune, refusal
 from inserting import drawn, held, rule
 from torch import Tensor, nn
 
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.initial import scaled_centroids
 from tokcompile.models import catalogue
 from tokcompile.pipeline import apply_rules

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tokcompile
 from tokcompile import Weights
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.models import catalogue
 from tokcompile.pipeline import apply_rules
 from tokcompile.rulefile import parse_rules

@@ -19,9 +19,10 @@ from turned import at, text_of, turned, variable
 from turntoys import AXIS, LAYOUTS, ROWS, TOKENS, by_angles, captured, context, edit, inputs, model
 
 import tokcompile
-from tokcompile import EditError, RuleError, TokredError, imagesizes
-from tokcompile.capture import capture
-from tokcompile.carried import Carried
+from tokcompile import EditError, RuleError, TokredError
+from tokcompile.capturing import imagesizes
+from tokcompile.capturing.capture import capture
+from tokcompile.decoding.carried import Carried
 from tokcompile.models import catalogue
 from tokcompile.passes import PASSES
 from tokcompile.passes.density_peaks import Members
@@ -29,10 +30,10 @@ from tokcompile.passes.merge import METHODS
 from tokcompile.passes.merging import Merging
 from tokcompile.passes.turned import rotary_sites
 from tokcompile.pipeline import apply_rules
+from tokcompile.rope.tables import Tables, angles_of, inverse_of, rows_of
 from tokcompile.rulefile import LIBRARY, load_rule, parse_rules
 from tokcompile.sites import find_sites
 from tokcompile.steps import Merge, Place
-from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
 
 STEPS = 4
 FLAT = [layout for layout in LAYOUTS if layout not in AXIS]

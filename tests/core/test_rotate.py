@@ -37,7 +37,7 @@ from turntoys import (
 
 import tokcompile
 from tokcompile import EditError, RuleError, Weights
-from tokcompile.digitencoder import DigitEncoder, digits_of
+from tokcompile.rope.digitencoder import DigitEncoder, digits_of
 from tokcompile.rulefile import load_rule
 from tokcompile.sites import find_sites
 from tokcompile.sites.turns import find_turns

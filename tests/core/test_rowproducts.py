@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tokcompile.rowproducts import LEAST, reduce_row_products
+from tokcompile.lowering.rowproducts import LEAST, reduce_row_products
 
 aten = torch.ops.aten
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}

@@ -13,7 +13,7 @@ import scale
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.pipeline import apply_rules
 from tokcompile.rulefile import parse_rules
 

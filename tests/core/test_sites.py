@@ -14,7 +14,7 @@ from harness import pairwise
 from torch import Tensor, nn
 
 from tokcompile import AddressError
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.errors import EditError
 from tokcompile.models import catalogue, zoo
 from tokcompile.pipeline import apply_rules

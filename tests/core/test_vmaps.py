@@ -9,7 +9,7 @@ import torch
 from harness import refusal
 from torch import Tensor, nn
 
-from tokcompile.capture import capture, from_export
+from tokcompile.capturing.capture import capture, from_export
 
 ROWS, TOKENS = 2, 5
 

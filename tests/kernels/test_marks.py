@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokcompile.capacity import expected_runs, markers
+from tokcompile.editing.capacity import expected_runs, markers
 from tokcompile.kernels._empty import EMPTY
 
 ops = torch.ops.tokred

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from test_explain import assert_self_contained
 
-from tokcompile import demo, demo_page
+from tokcompile import demo
 from tokcompile.applied import Applied
 from tokcompile.demo_data import Questions, digit_questions
 from tokcompile.models import digits
+from tokcompile.pages import demo_page
 
 RULES, KEEPS = ("hiprune",), ("1/4",)
 

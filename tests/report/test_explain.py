@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tokcompile.capture import capture
+from tokcompile.capturing.capture import capture
 from tokcompile.errors import AddressError
 from tokcompile.program import Program
 from tokcompile.report import Explanation, Part, explain, explain_captured

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from tokcompile import retrieval as run
-from tokcompile import retrieval_page
 from tokcompile.cli import app
 from tokcompile.errors import TokredError
 from tokcompile.models import retrieval, zoo
+from tokcompile.pages import retrieval_page
 from tokcompile.rulefile import load_rule, rule_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,11 @@ import torch
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from tokcompile import plots, sweep, sweep_page
+from tokcompile import sweep
 from tokcompile.cli import app
 from tokcompile.demo_data import Questions
 from tokcompile.errors import RuleError, TokredError
+from tokcompile.pages import plots, sweep_page
 from tokcompile.rulefile import load_rule, rule_names
 
 KEEPS = ("100%", "50%", "1/4")

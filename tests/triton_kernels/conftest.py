@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 @pytest.fixture
 def kernels_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are chosen wherever they can run: the table that is shipped chooses none before it was measured."""
-    from tokcompile.choosekernels import SETTING, TABLE
+    from tokcompile.lowering.choosekernels import SETTING, TABLE
 
     monkeypatch.delenv(SETTING, raising=False)
     path = tmp_path / "unmeasured.json"

@@ -14,13 +14,14 @@ from rich.console import Console
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from tokcompile import kernelbench, kernels
-from tokcompile.choosekernels import TABLE, measured
+from tokcompile import kernels
+from tokcompile.bench import kernelbench
+from tokcompile.bench.kernelbench import Result, Row
+from tokcompile.bench.kernelplot import plot
+from tokcompile.bench.kernelrivals import RIVALS
+from tokcompile.bench.kernelworkloads import WORKLOADS, Maker
 from tokcompile.cli import app
-from tokcompile.kernelbench import Result, Row
-from tokcompile.kernelplot import plot
-from tokcompile.kernelrivals import RIVALS
-from tokcompile.kernelworkloads import WORKLOADS, Maker
+from tokcompile.lowering.choosekernels import TABLE, measured
 
 RUN = CliRunner()
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import tokcompile
 from tokcompile import kernels
-from tokcompile.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, measured, tag
 from tokcompile.errors import LowerError
 from tokcompile.kernels import _triton
-from tokcompile.lower import lower
+from tokcompile.lowering.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, measured, tag
+from tokcompile.lowering.lower import lower
 from tokcompile.models.catalogue import family
 
 pytestmark = [
@@ -154,7 +154,7 @@ def test_another_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_decides_where_there_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, kernel: bool, reason: str
 ) -> None:
-    monkeypatch.setattr("tokcompile.choosekernels._device_name", lambda device: "a GPU")
+    monkeypatch.setattr("tokcompile.lowering.choosekernels._device_name", lambda device: "a GPU")
     rows = {} if row == "no row" else {"a GPU": {"kept_indices": {"int64": row}}}
     (tmp_path / "table.json").write_text(json.dumps({"unmeasured": "reference", "devices": rows}))
     monkeypatch.setenv(TABLE, str(tmp_path / "table.json"))

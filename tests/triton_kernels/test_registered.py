@@ -100,7 +100,7 @@ def test_what_has_no_kernel_is_named() -> None:
 WITHOUT = """
 import sys
 sys.modules["triton"] = None
-import tokcompile.lower
+import tokcompile.lowering.lower
 from tokcompile import kernels
 assert "Triton cannot be imported" in kernels.kernel_fault("topk_mask", ())
 assert "topk_mask" in kernels.kernel_names()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from launched import launched
 from torch import Tensor
 
-from tokcompile.choosekernels import choose_kernels
 from tokcompile.kernels.received_by_sums import reference
-from tokcompile.sharesums import FLASH, SDPA
+from tokcompile.lowering.choosekernels import choose_kernels
+from tokcompile.lowering.sharesums import FLASH, SDPA
 
 pytestmark = pytest.mark.usefixtures("kernels_unmeasured")
 aten, ops = torch.ops.aten, torch.ops.tokred

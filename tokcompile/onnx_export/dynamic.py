@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from tokcompile import imagesizes
+from tokcompile.capturing import imagesizes
 from tokcompile.errors import CaptureError
 
 Axes = Mapping[int, str]

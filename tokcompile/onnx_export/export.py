@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from tokcompile import api
 from tokcompile.binding import RuleInstance
-from tokcompile.dynamo import know_caches
+from tokcompile.capturing.dynamo import know_caches
 from tokcompile.errors import CaptureError, LowerError, RuleError, known
 from tokcompile.kernels._order import by_ranks
 from tokcompile.onnx_export import dynamic as dynamics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tokcompile import attention
+from tokcompile.capturing import attention
 from tokcompile.errors import CaptureError
 from tokcompile.onnx_export.dynamic import PAST, TOTAL, Axes
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
-from tokcompile.carried import hand_on, length_of_call, take
+from tokcompile.decoding.carried import hand_on, length_of_call, take
 from tokcompile.passes.context import Context
 
 aten = torch.ops.aten

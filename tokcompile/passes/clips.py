@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
-from tokcompile.edit import length_value
+from tokcompile.editing.edit import length_value
+from tokcompile.editing.tokenmap import note
 from tokcompile.errors import EditError
 from tokcompile.kernels._clips import cut, emitted
 from tokcompile.passes.context import Context, Selection
@@ -17,7 +18,6 @@ from tokcompile.passes.merging import Merging, tokens_of_images
 from tokcompile.sites import Place
 from tokcompile.sites.features import Sequence
 from tokcompile.steps import Merge
-from tokcompile.tokenmap import note
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -9,9 +9,9 @@ from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.turned import keep_offset, offset, refuse_fractions
 from tokcompile.program import place as node_place
+from tokcompile.rope.tables import Tables, angles_of, coordinates_of, heads_of, inverse_of
 from tokcompile.sites.turns import Frequencies
 from tokcompile.steps import Place
-from tokcompile.tables import Tables, angles_of, coordinates_of, heads_of, inverse_of
 
 aten = torch.ops.aten
 _NAME = "numbers"

@@ -13,11 +13,11 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.axes.context import MAX
-from tokcompile.edit import Editor, Length
+from tokcompile.editing.edit import Editor, Length
+from tokcompile.editing.tokenmap import slots_of
 from tokcompile.errors import EditError
 from tokcompile.program import Program
 from tokcompile.sites import Attention, Sites, find_sites
-from tokcompile.tokenmap import slots_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tokcompile import counts
 from tokcompile.axes import Dim
-from tokcompile.edit import Length
+from tokcompile.editing.edit import Length
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.merging import Merging

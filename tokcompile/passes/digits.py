@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.turned import refuse_fractions
 from tokcompile.program import place as node_place
+from tokcompile.rope.tables import heads_of, rows_of
 from tokcompile.sites.attention import Attention, softmax_of
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Rotate
-from tokcompile.tables import heads_of, rows_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -7,7 +7,9 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.counts import images_per_row
-from tokcompile.edit import Length, length_value, sub
+from tokcompile.editing.edit import Length, length_value, sub
+from tokcompile.editing.tokenmap import TokenMap, make_map
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection, oldest
 from tokcompile.passes.fold import folded_map
@@ -17,8 +19,6 @@ from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, find_fold, sequence
 from tokcompile.steps import Drop
-from tokcompile.tokenmap import TokenMap, make_map
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -8,8 +8,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
-from tokcompile.carried import evicted_name, hand_on, owners_name, padding_name
-from tokcompile.edit import length_value
+from tokcompile.decoding.carried import evicted_name, hand_on, owners_name, padding_name
+from tokcompile.decoding.placetables import is_biased
+from tokcompile.editing.edit import length_value
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.jointheads import check_joint
@@ -17,7 +18,6 @@ from tokcompile.passes.keychoice import BlockKeys, KeySelection
 from tokcompile.passes.keymerge import BlockMerge, KeyMerge
 from tokcompile.passes.keyranks import PLACES, Ranks, hand_back_by_rank, told_places
 from tokcompile.passes.keystate import hand_on_state, in_later_step
-from tokcompile.placetables import is_biased
 from tokcompile.program import place
 from tokcompile.sites import Block
 from tokcompile.sites.cache import handed_back

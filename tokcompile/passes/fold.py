@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
-from tokcompile.edit import Editor, add, length_value, sub
+from tokcompile.editing.edit import Editor, add, length_value, sub
+from tokcompile.editing.shapes import contains
+from tokcompile.editing.tokenmap import TokenMap, make_map
 from tokcompile.passes.context import Context, Selection
-from tokcompile.shapes import contains
 from tokcompile.sites.features import Fold, Sequence, Shuffle
-from tokcompile.tokenmap import TokenMap, make_map
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

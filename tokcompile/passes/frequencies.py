@@ -7,10 +7,10 @@ import math
 import torch
 from torch.fx import Node
 
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
+from tokcompile.editing.positions import recompute
 from tokcompile.errors import RuleError
 from tokcompile.passes.context import Context
-from tokcompile.positions import recompute
 from tokcompile.sites.turns import Frequencies
 from tokcompile.steps import Rotate
 

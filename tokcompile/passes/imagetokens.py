@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim
 from tokcompile.counts import count, images_per_row
-from tokcompile.edit import Length
+from tokcompile.editing.edit import Length
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.sites.projector import Projector

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.carried import given_name, hand_on
-from tokcompile.edit import Editor, Length, length_value
+from tokcompile.decoding.carried import given_name, hand_on
+from tokcompile.editing.edit import Editor, Length, length_value
+from tokcompile.editing.inserted import originals
+from tokcompile.editing.tokenmap import TokenMap
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
-from tokcompile.inserted import originals
 from tokcompile.passes.context import Context
 from tokcompile.passes.drop import check_positions
 from tokcompile.passes.insertplaces import Slots, find_slots
@@ -17,8 +19,6 @@ from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, sequence
 from tokcompile.steps import Insert
-from tokcompile.tokenmap import TokenMap
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.budget import round_ratio
-from tokcompile.edit import Length, add
+from tokcompile.editing.edit import Length, add
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, longest_segment, oldest
 from tokcompile.passes.select import is_text_axis

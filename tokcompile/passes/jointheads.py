@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from tokcompile.axes.context import MAX
 from tokcompile.binding import RuleInstance
-from tokcompile.carried import hand_on, owners_name, take
-from tokcompile.edit import Length
+from tokcompile.decoding.carried import hand_on, owners_name, take
+from tokcompile.editing.edit import Length
 from tokcompile.errors import EditError
 from tokcompile.expr import substitute
 from tokcompile.passes.context import Context

@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from tokcompile.axes import resolve
 from tokcompile.budget import clamp
-from tokcompile.carried import evicted_name, padding_name
-from tokcompile.edit import Length, length_value, sub
+from tokcompile.decoding.carried import evicted_name, padding_name
+from tokcompile.editing.edit import Length, length_value, sub
 from tokcompile.errors import EditError, RuleError
 from tokcompile.passes.context import Context, oldest
 from tokcompile.passes.imagetokens import image_tokens

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.keychoice import BlockKeys, KeySelection

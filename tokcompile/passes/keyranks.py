@@ -13,17 +13,17 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.context import MAX
-from tokcompile.edit import sub
+from tokcompile.editing.edit import sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.keystate import in_later_step, seen_keys, told_of_keys
 from tokcompile.passes.ranked import turnable
 from tokcompile.program import SIZES
 from tokcompile.program import place as node_place
+from tokcompile.rope.tables import rows_of
 from tokcompile.sites import Block, resolve_caches, window_of
 from tokcompile.sites.cache import SHORTENED, TURNED, Cache, unrepeated
 from tokcompile.sites.turns import Turn
-from tokcompile.tables import rows_of
 
 aten = torch.ops.aten
 PLACES = "places"

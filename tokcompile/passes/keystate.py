@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.context import MAX
-from tokcompile.carried import hand_on, take
-from tokcompile.edit import Length, sub
+from tokcompile.decoding.carried import hand_on, take
+from tokcompile.editing.edit import Length, sub
 from tokcompile.passes.context import Context
 from tokcompile.sites import Block
 from tokcompile.sites.cache import Cache

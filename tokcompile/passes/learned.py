@@ -7,7 +7,7 @@ import math
 import torch
 from torch.fx import Node
 
-from tokcompile.edit import Editor
+from tokcompile.editing.edit import Editor
 
 aten = torch.ops.aten
 _EPS = 1e-5

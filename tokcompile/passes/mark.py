@@ -8,11 +8,13 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import resolve
-from tokcompile.capacity import expected_runs, markers
 from tokcompile.counts import images_per_row
-from tokcompile.edit import Length, length_value
+from tokcompile.editing.capacity import expected_runs, markers
+from tokcompile.editing.edit import Length, length_value
+from tokcompile.editing.hiding import Hiding
+from tokcompile.editing.tokenmap import TokenMap, marked_map
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
-from tokcompile.hiding import Hiding
 from tokcompile.passes.context import Context, Selection
 from tokcompile.passes.drop import stays
 from tokcompile.passes.select import is_text_axis
@@ -22,8 +24,6 @@ from tokcompile.sites.features import Sequence, features, sequence
 from tokcompile.sites.features import images_per_row as packed_images
 from tokcompile.sites.sight import find_sight
 from tokcompile.steps import Mark
-from tokcompile.tokenmap import TokenMap, marked_map
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -13,9 +13,9 @@ from tokcompile.passes.context import Context
 from tokcompile.passes.density_peaks import Members
 from tokcompile.passes.variable import visual
 from tokcompile.program import place as node_place
+from tokcompile.rope.tables import Tables, angles_of, coordinates_of, inverse_of
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Place
-from tokcompile.tables import Tables, angles_of, coordinates_of, inverse_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -9,7 +9,9 @@ import torch
 from torch.fx import Node
 
 from tokcompile.counts import images_per_row
-from tokcompile.edit import length_value
+from tokcompile.editing.edit import length_value
+from tokcompile.editing.tokenmap import map_of
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
 from tokcompile.passes.clips import merge_clips
 from tokcompile.passes.context import Context
@@ -29,8 +31,6 @@ from tokcompile.program import place as node_place
 from tokcompile.sites import Place, resolve_address
 from tokcompile.sites.features import Sequence, features, find_shuffle, sequence
 from tokcompile.steps import Merge
-from tokcompile.tokenmap import map_of
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

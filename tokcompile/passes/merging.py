@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from tokcompile.axes import product, resolve
-from tokcompile.edit import Length
+from tokcompile.editing.edit import Length
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.select import is_text_axis

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import product, resolve
-from tokcompile.edit import length_value, sub
+from tokcompile.editing.edit import length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Selection
 from tokcompile.passes.merging import Merging

@@ -8,8 +8,10 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim
+from tokcompile.editing.keybias import bias_keys
+from tokcompile.editing.tokenmap import map_of, note
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
-from tokcompile.keybias import bias_keys
 from tokcompile.passes.context import Context
 from tokcompile.passes.insertplaces import leading_tokens
 from tokcompile.passes.restore import restore
@@ -18,8 +20,6 @@ from tokcompile.sites import Place
 from tokcompile.sites.address import resolve_every
 from tokcompile.sites.features import sequence
 from tokcompile.steps import Merge
-from tokcompile.tokenmap import map_of, note
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -9,10 +9,10 @@ from tokcompile.axes import product
 from tokcompile.passes.context import Context, oldest
 from tokcompile.passes.turned import refuse_fractions
 from tokcompile.passes.variable import visual
+from tokcompile.rope.tables import Tables, angles_of, inverse_of, rows_of
 from tokcompile.sites.features import features
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Place
-from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -8,14 +8,14 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import resolve
-from tokcompile.carried import hand_on, take
+from tokcompile.decoding.carried import hand_on, take
+from tokcompile.editing.transport import WHOLE
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.program import place as node_place
+from tokcompile.rope.tables import Tables, heads_of
 from tokcompile.sites.turns import Frequencies, Turn
 from tokcompile.steps import Rotate
-from tokcompile.tables import Tables, heads_of
-from tokcompile.transport import WHOLE
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from tokcompile.editing.tokenmap import TokenMap
+from tokcompile.editing.transport import Transport
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.insertplaces import Slots
 from tokcompile.steps import Insert
-from tokcompile.tokenmap import TokenMap
-from tokcompile.transport import Transport
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

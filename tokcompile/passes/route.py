@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from tokcompile.binding import RuleInstance
-from tokcompile.edit import length_value
+from tokcompile.editing.edit import length_value
 from tokcompile.errors import EditError
 from tokcompile.expr import substitute
 from tokcompile.passes.context import Context

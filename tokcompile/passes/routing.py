@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from tokcompile.edit import Length
+from tokcompile.editing.edit import Length
 from tokcompile.passes.context import Context
 from tokcompile.sites import Block
 from tokcompile.steps import Route

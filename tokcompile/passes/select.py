@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
 from tokcompile.counts import images_per_row
-from tokcompile.edit import Length, length_value, sub
+from tokcompile.editing.edit import Length, length_value, sub
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, Scores, Selection, longest_segment
 from tokcompile.passes.diverse import compared_scores, refuse_folds, walk

@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from tokcompile.axes import product, resolve
+from tokcompile.editing.tokenmap import map_of
+from tokcompile.editing.transport import Transport
+from tokcompile.editing.within import apply_within
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context, longest_segment
 from tokcompile.program import place as node_place
@@ -19,9 +22,6 @@ from tokcompile.sites.features import Sequence, sequence
 from tokcompile.sites.grid import patch_grid
 from tokcompile.sites.projection import projected, projection_input
 from tokcompile.steps import Merge
-from tokcompile.tokenmap import map_of
-from tokcompile.transport import Transport
-from tokcompile.within import apply_within
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from tokcompile.carried import hand_on, take
+from tokcompile.decoding.carried import hand_on, take
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.program import place as node_place

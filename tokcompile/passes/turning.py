@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from tokcompile.axes import size_of
 from tokcompile.axes.atoms import same
-from tokcompile.edit import Editor, Length
+from tokcompile.editing.edit import Editor, Length
 from tokcompile.errors import EditError
 from tokcompile.program import place
 from tokcompile.sites.rotation import Rotation

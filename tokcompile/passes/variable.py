@@ -11,9 +11,9 @@ from tokcompile.axes import Dim, resolve
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.turned import keep_offset, offset, refuse_fractions
+from tokcompile.rope.tables import Tables, angles_of, inverse_of, rows_of
 from tokcompile.sites.turns import Frequencies
 from tokcompile.steps import Place
-from tokcompile.tables import Tables, angles_of, inverse_of, rows_of
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes.context import MAX
-from tokcompile.carried import hand_on, take
-from tokcompile.edit import sub
+from tokcompile.decoding.carried import hand_on, take
+from tokcompile.editing.edit import sub
 from tokcompile.passes.context import Context
 from tokcompile.passes.ranked import turnable
 from tokcompile.passes.routing import Chooser, Routed

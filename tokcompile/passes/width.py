@@ -6,8 +6,8 @@ import torch
 from torch.fx import Node
 
 from tokcompile.axes import Dim, product, resolve
+from tokcompile.editing.shapes import contains
 from tokcompile.passes.context import Context
-from tokcompile.shapes import contains
 from tokcompile.sites.features import features
 
 aten = torch.ops.aten

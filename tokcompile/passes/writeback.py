@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from tokcompile.editing.tokenmap import note
 from tokcompile.errors import EditError
 from tokcompile.passes.context import Context
 from tokcompile.passes.merging import Merging
 from tokcompile.program import place as node_place
 from tokcompile.sites import Place
-from tokcompile.tokenmap import note
 
 aten = torch.ops.aten
 tokred = torch.ops.tokred

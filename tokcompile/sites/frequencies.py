@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from tokcompile.program import Program, place
-from tokcompile.ropebounds import EPSILON, halves
+from tokcompile.rope.ropebounds import EPSILON, halves
 from tokcompile.sites.block import Block
 from tokcompile.sites.concrete import call
 from tokcompile.sites.find import Sites

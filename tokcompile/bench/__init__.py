@@ -1,0 +1,1 @@
+"""What `tokred bench` times."""

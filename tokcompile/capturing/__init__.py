@@ -1,0 +1,1 @@
+"""From a model to one dialect of graphs."""

@@ -1,0 +1,1 @@
+"""Graphs and caches of the steps after a prompt."""

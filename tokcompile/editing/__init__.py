@@ -1,0 +1,1 @@
+"""Token maps, and all that follows an edit."""

@@ -1,0 +1,1 @@
+"""Rotary tables: made of other angles, and what is wrong with them."""
