@@ -1,7 +1,7 @@
 """What the Triton kernels that select by score share: the exact order of `_order`, and the k first of it.
 
-Rows of at most MOST tokens, each in one program that reads it once. The k-th key is found bit by bit from the top, two
-bits in each pass over registers: exact, and the same whatever the order in which threads add up.
+Rows of at most MOST tokens, each in one program that reads it once. The k-th key is found bit by bit from the top, each
+in one pass over registers, a comparison and a sum: exact, and the same whatever the order in which threads add up.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 MOST = 16384
-BITS = 34
-"""Of a key: 32 of the score, and above them the class."""
+BITS = tl.constexpr(32)
+"""Of a key; as many passes, in a loop that a GPU's instruction cache holds."""
+LEAST = tl.constexpr(-(1 << 31))
 DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
@@ -46,7 +47,7 @@ def warps(block: int) -> int:
 
 @triton.jit
 def sortable(scores):
-    """As `_order.sortable`: int64 in [0, 2^32), in the order of scores as float32; NaN is 0, and -0.0 equals 0.0."""
+    """As `_order.sortable`, less 2^31: int32 in the order of scores as float32; NaN is LEAST, and -0.0 equals 0.0."""
     if scores.dtype == tl.bfloat16:
         # The upper half of a float32; the interpreter converts tiny ones otherwise.
         bits = scores.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -54,24 +55,33 @@ def sortable(scores):
         bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     bits = tl.where(size == 0, 0, bits)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
-    return tl.where(size > 0x7F800000, 0, ordered)
+    return tl.where(size > 0x7F800000, LEAST, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
-def largest(keys, k, BITS: tl.constexpr):
-    """The k largest of keys [N], lower places first among equal ones; below 2^BITS, and -1 where there is no token."""
-    bound = tl.sum(keys * 0)
-    for step in tl.static_range(BITS // 2):
-        one = bound + (1 << (BITS - 2 - 2 * step))
-        two = one + (1 << (BITS - 2 - 2 * step))
-        three = two + (1 << (BITS - 2 - 2 * step))
-        # Three counts of at most 2^20 in one sum.
-        packed = (keys >= one).to(tl.int64) + ((keys >= two).to(tl.int64) << 20) + ((keys >= three).to(tl.int64) << 40)
-        counts = tl.sum(packed)
-        bound = tl.where((counts & 0xFFFFF) >= k, one, bound)
-        bound = tl.where(((counts >> 20) & 0xFFFFF) >= k, two, bound)
-        bound = tl.where((counts >> 40) >= k, three, bound)
-    equal = keys == bound
-    spare = k - tl.sum((keys > bound).to(tl.int32))
-    return (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+def largest(keys, classes, k, CLASSES: tl.constexpr):
+    """The k first of tokens [N]: those of a higher class, then of a larger key, then of a lower place.
+
+    Args:
+        keys: int32, from `sortable`; of tokens of class 0 they do not count.
+        classes: int32 below CLASSES, -1 where there is no token.
+    """
+    # The class of the last one that is chosen, and how many of that class are.
+    last = tl.sum(classes * 0)
+    wanted = last + k
+    for each in tl.static_range(1, CLASSES):
+        last = tl.where(tl.sum((classes >= each).to(tl.int32)) >= k, each, last)
+    wanted -= tl.sum((classes > last).to(tl.int32))
+    among = classes == last
+    keys = tl.where(among & (last > 0), keys, LEAST)
+    # The key of the last one, bit by bit: what is not among them is LEAST, and every bound that is tried is above.
+    bound = tl.sum(classes * 0) + LEAST
+    bit = bound
+    for _ in range(BITS):
+        # The bit is not set yet; the highest is that of the sign, which makes a larger number where it is not.
+        higher = bound ^ bit
+        bound = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= wanted, higher, bound)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    equal = among & (keys == bound)
+    spare = wanted - tl.sum((keys > bound).to(tl.int32))
+    return (classes > last) | (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))

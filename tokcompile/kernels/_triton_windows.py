@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import wrap_triton
-from ._triton_select import BITS, largest, sortable, warps, width
+from ._triton_select import largest, sortable, warps, width
 
 
 def mark(scores: Tensor, among: Tensor | None, size: tuple[Any, Any], windows: tuple[Any, Any], k: Any) -> Tensor:
@@ -46,7 +46,6 @@ def mark(scores: Tensor, among: Tensor | None, size: tuple[Any, Any], windows: t
         columns,
         k,
         AMONG=among is not None,
-        BITS=BITS,
         BLOCK=block,
         num_warps=warps(block),
     )
@@ -69,7 +68,6 @@ def _mark(
     columns,
     k,
     AMONG: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -80,8 +78,9 @@ def _mark(
     line = (window // columns) * high + place // wide
     token = (line * (columns * wide) + (window % columns) * wide + place % wide).to(tl.int64)
     keys = sortable(tl.load(scores + row * scores_row + token * scores_token, mask=inside, other=0))
+    classes = tl.full([BLOCK], 1, tl.int32)
     if AMONG:
         allowed = tl.load(among + row * among_row + token * among_token, mask=inside, other=0) != 0
-        keys = tl.where(allowed, keys + 4294967296, 0)
-    keys = tl.where(inside, keys, -1)
-    tl.store(out + row * tokens + token, largest(keys, k, BITS), mask=inside)
+        classes = allowed.to(tl.int32)
+    keep = largest(keys, tl.where(inside, classes, -1), k, 2)
+    tl.store(out + row * tokens + token, keep, mask=inside)

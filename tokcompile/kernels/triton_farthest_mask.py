@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _triton_select as select
 from ._triton import wrap_triton
-from ._triton_select import sortable
+from ._triton_select import LEAST, sortable
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
@@ -70,17 +70,18 @@ def _walk(
     token = place.to(tl.int64)
     inside = place < tokens
     base = distances + batch * distances_batch + token * distances_token
-    classes = tl.where(inside, 2, 0).to(tl.int64)
+    first = inside
     if AMONG:
-        chosen = tl.load(among + batch * among_batch + token * among_token, mask=inside, other=0) != 0
-        classes = tl.where(inside & (chosen == 0), 1, classes)
+        first = tl.load(among + batch * among_batch + token * among_token, mask=inside, other=0) != 0
+    count = tl.sum(first.to(tl.int32))
     far = tl.load(start + batch * start_batch + token * start_token, mask=inside, other=0).to(tl.float32)
     marked = place < 0
     for step in range(k):
-        score = tl.where(classes == 2, sortable(far), 0)
-        # Ties go to the lowest index: the smallest of those that have the largest key.
-        key = tl.where(inside & (marked == 0), (classes << 32) + score, -1)
-        at = tl.min(tl.where(key == tl.max(key), place, BLOCK))
+        # Where all of the first ones are marked, the others follow by place.
+        free = tl.where(step < count, first, inside) & (marked == 0)
+        score = tl.where(free & (step < count), sortable(far), LEAST)
+        # Ties go to the lowest index: the smallest of those that have the largest score.
+        at = tl.min(tl.where(free & (score == tl.max(score)), place, BLOCK))
         marked = marked | (place == at)
         row = tl.load(base + at.to(tl.int64) * distances_row, mask=inside, other=0).to(tl.float32)
         far = tl.where(step == 0, row, tl.minimum(far, row, propagate_nan=tl.PropagateNan.ALL))

@@ -15,8 +15,6 @@ from ._triton import wrap_triton
 from ._triton_select import largest, sortable
 
 GROUPS = 4
-BITS = 36
-"""32 of the score, and classes up to 5 above them."""
 
 
 def supports(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any) -> str | None:
@@ -46,7 +44,6 @@ def launch(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any
         **words,
         AMONG=among is not None,
         COUNT=len(first),
-        BITS=BITS,
         BLOCK=block,
         num_warps=select.warps(block),
     )
@@ -84,14 +81,13 @@ def _fill(
     token_4,
     AMONG: tl.constexpr,
     COUNT: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
     token = place.to(tl.int64)
-    classes = tl.full([BLOCK], 1, tl.int64)
+    classes = tl.full([BLOCK], 1, tl.int32)
     if AMONG:
         classes = _class(classes * 0, mask_0, row * row_0, token * token_0, inside, 1)
     # A token in several groups is of the first one, which is therefore looked at last.
@@ -104,6 +100,5 @@ def _fill(
     if COUNT > 0:
         classes = _class(classes, mask_1, row * row_1, token * token_1, inside, COUNT + 1)
     keys = sortable(tl.load(scores + row * scores_row + token * scores_token, mask=inside, other=0))
-    keys = tl.where(classes > 0, (classes << 32) + keys, 0)
-    keys = tl.where(inside, keys, -1)
-    tl.store(out + row * tokens + token, largest(keys, k, BITS), mask=inside)
+    keep = largest(keys, tl.where(inside, classes, -1), k, COUNT + 2)
+    tl.store(out + row * tokens + token, keep, mask=inside)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _triton_select as select
 from ._triton import wrap_triton
-from ._triton_select import BITS, largest, sortable
+from ._triton_select import largest, sortable
 
 
 def supports(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: int, last: Any, k: Any) -> str | None:
@@ -47,7 +47,6 @@ def launch(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: in
         k,
         VALID=valid is not None,
         AMONG=among is not None,
-        BITS=BITS,
         BLOCK=block,
         num_warps=select.warps(block),
     )
@@ -74,7 +73,6 @@ def _keep(
     k,
     VALID: tl.constexpr,
     AMONG: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -89,10 +87,9 @@ def _keep(
     stays = real & ((rank <= first) | (rank > tl.sum(real.to(tl.int32)) - last))
     if AMONG:
         stays |= tl.load(among + row * among_row + token * among_token, mask=inside, other=1) == 0
-    classes = tl.where(stays, 2, tl.where(real, 1, 0)).to(tl.int64)
+    classes = tl.where(inside, tl.where(stays, 2, tl.where(real, 1, 0)), -1)
     address = scores + row * scores_row + head * scores_head + token * scores_token
     keys = sortable(tl.load(address, mask=inside, other=0))
-    keys = tl.where(classes > 0, (classes << 32) + keys, 0)
-    keep = largest(tl.where(inside, keys, -1), k, BITS)
+    keep = largest(keys, classes, k, 3)
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(out + program * k + slot, token, mask=keep & inside)
