@@ -115,6 +115,25 @@ def test_sums_are_shared_under_a_mask(kind: str, shared: int, dtype: torch.dtype
     assert not [each for each in called if "attention_received" in str(each)]
 
 
+def test_symbolic_sizes_stay_open() -> None:
+    def step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Any:
+        out = aten.scaled_dot_product_attention.default(query, key, value, mask)
+        return out, received(query, key, mask=mask)
+
+    def inputs(batch: int, tokens: int) -> list[Tensor]:
+        mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool).tril()
+        return [*(made(seed, batch, 4, tokens, 8) for seed in range(3)), mask]
+
+    with torch.no_grad():
+        found = graphs.traced(step, *inputs(2, 20), dynamic=[[0, 2], [0, 2], [0, 2], [0, 2, 3]])
+        oncuda.put_on_cuda(found.gm)
+        choose_kernels(found.gm)
+        assert counted([node.target for node in found.gm.graph.nodes], KERNEL) == 1
+        for given in (inputs(2, 20), inputs(3, 37)):
+            for one, other in zip(found.gm(*given), step(*given), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def other_scale(query: Tensor, key: Tensor, value: Tensor) -> Any:
     return received(query, key), aten.scaled_dot_product_attention.default(query, key, value, scale=0.5)
 

@@ -66,8 +66,12 @@ def reference(
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
     """Refuse shapes that do not fit, and return the mask with four dimensions. Raises ValueError."""
     _attention.check(query, key, mask, "mean")
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be [B, Hkv, Tk, Dv] for keys {list(key.shape)}, not {list(value.shape)}")
+    fits = value.dim() == 4 and value.shape[:2] == key.shape[:2]
+    # Lengths of caches can be symbols of which nothing is known yet.
+    torch._check_value(
+        fits and value.shape[2] == key.shape[2],
+        lambda: f"value must be [B, Hkv, Tk, Dv] for keys {list(key.shape)}, not {list(value.shape)}",
+    )
     return None if mask is None else _attention.four_d(mask)
 
 
