@@ -159,7 +159,7 @@ def other_mask(query: Tensor, key: Tensor, value: Tensor) -> Any:
 def mask_changes_between(query: Tensor, key: Tensor, value: Tensor) -> Any:
     mask = torch.zeros(20, 20, dtype=query.dtype)
     out = aten.scaled_dot_product_attention.default(query, key, value, mask)
-    mask.sub_(torch.arange(20, dtype=query.dtype))
+    mask[0].sub_(torch.arange(20, dtype=query.dtype))
     return out, received(query, key, mask=mask)
 
 
@@ -193,12 +193,18 @@ def later_values(query: Tensor, key: Tensor, value: Tensor) -> Any:
 def keys_change_between(query: Tensor, key: Tensor, value: Tensor) -> Any:
     key = key.clone()
     out = aten.scaled_dot_product_attention.default(query, key, value)
-    key.mul_(2)
+    key[0].mul_(2)
     return out, received(query, key)
 
 
+def one_head_of_keys(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    """All heads read it without being asked to share: sizes of 1 are expanded."""
+    key = key[:, :1]
+    return aten.scaled_dot_product_attention.default(query, key, value[:, :1]), received(query, key)
+
+
 OTHERS = [other_scale, other_keys, other_queries, mask_of_one, other_mask, mask_changes_between, later_mask, dropped]
-OTHERS += [capped, one_is_causal, later_values, keys_change_between]
+OTHERS += [capped, one_is_causal, later_values, keys_change_between, one_head_of_keys]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
