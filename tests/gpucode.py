@@ -80,7 +80,7 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-SINGLE = {"received_by_sums": (2,)}
+SINGLE = {"received_by_sums": (2, 10)}
 """Arguments that are float32 whatever the others are."""
 
 

@@ -34,6 +34,10 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(made(0, 2, 4, 1, 8), made(1, 2, 2, 20, 8), made(2, 2, 2, 20, 8), bools(2, 1, 1, 20), places(20, 2, 2, 7)),
         *(0.5, 0.0, None),
     ),
+    "attend_with_sums": lambda: (
+        *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), made(2, 2, 2, 20, 12), bools(2, 1, 20, 20)),
+        *(0.5, True, 2.0, made(2, 4)),
+    ),
     "attention_received": lambda: (
         *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), bools(2, 1, 1, 20), bools(2, 20)),
         *(0.5, True, 0.0, "mean", "mean", made(2, 4)),
@@ -74,7 +78,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "pair_scores": lambda: (made(0, 2, 4, 8), made(1, 2, 2, 20, 8), places(3, 2, 1), bools(2, 20), 1, 3, False),
     "received_by_sums": lambda: (
         *(made(0, 2, 4, 20, 8), made(1, 2, 2, 20, 8), made(2, 2, 4, 20).abs() + 3, bools(2, 20)),
-        *(0.5, True, "mean", "mean"),
+        *(0.5, True, "mean", "mean", bools(2, 1, 1, 20), 2.0, made(3, 2, 4, 20).abs()),
     ),
     "topk_mask": lambda: (made(0, 2, 12), bools(2, 12), 5),
     "turn_pairs": lambda: (made(0, 2, 3, 9, 8), places(9, 2, 9), places(8, 2, 9), made(2, 3).abs(), 1, False),

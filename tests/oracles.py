@@ -44,6 +44,21 @@ def dilated(
     return out
 
 
+def masked_logits(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, softcap: float
+) -> Tensor:
+    """Scaled, capped and masked products float64 [B, H, Tq, Tk]."""
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = query.double() @ key.transpose(2, 3) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
+    if is_causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return logits
+
+
 def probabilities(
     query: Tensor,
     key: Tensor,
@@ -54,14 +69,7 @@ def probabilities(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax probabilities float64 [B, H, Tq, Tk]; fully masked rows are 0."""
-    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = query.double() @ key.transpose(2, 3) * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
-    if is_causal:
-        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    logits = masked_logits(query, key, mask, scale, is_causal, softcap)
     if sinks is None:
         return logits.softmax(-1).nan_to_num(0.0)
     column = sinks.double().expand(logits.shape[:2])[..., None, None].expand(*logits.shape[:3], 1)

@@ -218,7 +218,8 @@ def _explain_one(program: Program, rules: Sequence[RuleInstance], whole: bool) -
         return part
     part.milliseconds = (time.perf_counter() - start) * 1e3
     part.after = measure(program, find_sites(program), blocks, sites, counter)
-    part.kernels = choices_of(program.gm)
+    with torch.no_grad():  # as the program was captured
+        part.kernels = choices_of(program.gm)
     return part
 
 

@@ -87,7 +87,10 @@ def test_an_operator_is_measured_against_its_reference(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("op", sorted(RIVALS))
 def test_what_a_kernel_is_compared_with_does_the_same_job(op: str) -> None:
     args = WORKLOADS[op].make(Maker(torch.device("cpu"), torch.float32, 1 << 17))
-    wanted = kernels.kernel_op(op)(*args) if op == "attend_chosen" else getattr(torch.ops.tokred, op)(*args)
+    joint = op in kernels.joint_names()
+    wanted = kernels.kernel_op(op)(*args) if joint else getattr(torch.ops.tokred, op)(*args)
+    if op == "attend_with_sums":
+        wanted = wanted[0].transpose(1, 2)
     for name, rival in RIVALS[op].items():
         if name == "flex":  # for a GPU; the same call as sdpa
             continue
@@ -103,6 +106,18 @@ def test_what_a_kernel_is_compared_with_does_the_same_job(op: str) -> None:
             assert partner.shape == (len(order), count)
         else:
             torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", sorted(op for op, load in WORKLOADS.items() if load.usual))
+def test_what_runs_without_a_kernel_does_the_same_job(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = WORKLOADS[op]
+    args = load.make(Maker(torch.device("cpu"), torch.float32, 1 << 19))
+    for made, wanted in zip(load.run()(*args), load.usual()(*args), strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setitem(RIVALS, op, {})
+    found = kernelbench.bench([op], [1 << 19], lambda run: run() is not None and 2.0, DEVICE, "a clock")
+    assert [(each.op, each.dtype) for each in found.rows] == [(op, "bfloat16"), (op, "float32")]
 
 
 def test_what_fails_beside_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

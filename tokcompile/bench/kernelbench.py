@@ -20,6 +20,7 @@ from tokcompile.bench.kernelrivals import RIVALS, Rival
 from tokcompile.bench.kernelworkloads import WORKLOADS, Maker, held
 from tokcompile.errors import LowerError, known
 from tokcompile.kernels import _library
+from tokcompile.lowering.choosekernels import weighed
 from tokcompile.report import versions
 
 SMALL = (1 << 20, 1 << 24)
@@ -38,8 +39,8 @@ class Row:
     Attributes:
         size: bytes asked for.
         moved: bytes that have to move.
-        held: bytes of all tensors, by which kernels are chosen.
-        kernel, reference: milliseconds; of the reference as Inductor compiles it.
+        held: bytes of the tensors by which kernels are chosen.
+        kernel, reference: milliseconds; of the reference, or of what runs without the kernel, as Inductor compiles it.
         share: bytes a second that the kernel moves, of those of a copy of that size.
         others: milliseconds of what `kernelrivals.py` has for the operator, or why one failed: what stores all weights
             does when memory ends.
@@ -190,17 +191,17 @@ def _measure(result: Result, op: str, maker: Maker, clock: Clock) -> None:
     if fault:
         result.skipped[f"{op} in {maker.dtype}"] = fault
         return
-    run = kernels.kernel_op(op)
+    run = load.run() if load.run else kernels.kernel_op(op)
     made = [each for each in tree_leaves(run(*args)) if isinstance(each, torch.Tensor)]
-    tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+    counted = weighed(op, args, made)
     torch._dynamo.reset()
     plain = torch.compile(_usual(op), dynamic=False)
     spent, usual = clock(lambda: run(*args)), clock(lambda: plain(*args))
     moved = load.moved(args, made)
-    dtype = str(max([*tensors, *made], key=held).dtype).removeprefix("torch.")
+    dtype = str(max(counted, key=held).dtype).removeprefix("torch.")
     share = moved / spent / result.copy[maker.size]
     others = {name: _timed(rival, args, clock) for name, rival in RIVALS.get(op, {}).items()}
-    result.rows.append(Row(op, dtype, maker.size, moved, held(*tensors, *made), spent, usual, share, others))
+    result.rows.append(Row(op, dtype, maker.size, moved, held(*counted), spent, usual, share, others))
 
 
 def _timed(rival: Rival, args: tuple[Any, ...], clock: Clock) -> float | str:
@@ -211,8 +212,10 @@ def _timed(rival: Rival, args: tuple[Any, ...], clock: Clock) -> float | str:
 
 
 def _usual(op: str) -> Callable[..., Any]:
-    """What a compiled graph runs without the kernel: the operator, or the reference of a kernel for several at once."""
-    known = op in _library.names()
+    """What a compiled graph runs without the kernel: what its workload says, the operator, or its own reference."""
+    usual, known = WORKLOADS[op].usual, op in _library.names()
+    if usual:
+        return usual()
     return getattr(torch.ops.tokred, op) if known else _library.kernel_reference(op)
 
 

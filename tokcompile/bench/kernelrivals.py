@@ -15,18 +15,24 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 Rival = Callable[..., Callable[[], Any]]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Callable[[], Tensor]:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None = None
+) -> Callable[[], Tensor]:
     """The output of attention, which is all that it gives: PyTorch picks flash attention where it can."""
-    return lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+    return lambda: scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=True)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Callable[[], Tensor]:
-    """The same by `flex_attention`."""
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """The same by `flex_attention`; of a mask [1, 1, Tq, Tk], which stands for a causal one."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     sizes = query.shape[2], key.shape[2]
     below = lambda batch, head, row, column: row >= column  # noqa: E731
-    block = create_block_mask(below, None, None, *sizes, device=query.device) if causal else None
+    seen = below if mask is None else lambda batch, head, row, column: mask[0, 0, row, column]
+    some = causal or mask is not None
+    block = create_block_mask(seen, None, None, *sizes, device=query.device) if some else None
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(query, key, value, block_mask=block, scale=scale, enable_gqa=True)
 
@@ -44,6 +50,10 @@ def _weights(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
 def _of_site(rival: Callable[..., Callable[[], Tensor]]) -> Rival:
     """Of an operator on queries and keys: keys stand for values."""
     return lambda q, k, mask, rows, scale, causal, *rest: rival(q, k, k, scale, causal)
+
+
+def _of_masked(rival: Callable[..., Callable[[], Tensor]]) -> Rival:
+    return lambda q, k, v, mask, scale, causal, *rest: rival(q, k, v, scale, causal, mask)
 
 
 def _of_step(rival: Callable[..., Callable[[], Tensor]]) -> Rival:
@@ -105,6 +115,7 @@ def _tokens(x: Tensor, source: Tensor, dim: int, batch: int) -> Any:
 RIVALS: dict[str, dict[str, Rival]] = {
     "attend": {"sdpa": _of_step(_sdpa), "flex": _of_step(_flex)},
     "attend_chosen": {"sdpa, all keys": _of_list(_sdpa), "gather and sdpa": _gathered},
+    "attend_with_sums": {"sdpa": _of_masked(_sdpa), "flex": _of_masked(_flex)},
     "attention_received": {"sdpa": _of_site(_sdpa), "flex": _of_site(_flex), "all weights": _all_weights},
     "attention_row": {"all weights": _one_row},
     "gather_keys": {"gather": _keys},

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tokcompile import kernels
 
 WIDTH, HEADS, HEAD, ROW = 4096, 8, 128, 16384
 """Of a stream, of a cache, of one of its heads, and tokens of a row that is selected from."""
@@ -55,11 +58,15 @@ class Workload:
         make: its arguments.
         moved: bytes that any implementation has to move, given arguments and results.
         dtypes: what it is measured in, of floats.
+        run: gives what is timed for the kernel; None: its operator alone.
+        usual: gives what runs without the kernel; None: its reference.
     """
 
     make: Callable[[Maker], tuple[Any, ...]]
     moved: Callable[[tuple[Any, ...], list[Tensor]], int]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    run: Callable[[], Callable[..., Any]] | None = None
+    usual: Callable[[], Callable[..., Any]] | None = None
 
 
 def held(*values: Tensor | None) -> int:
@@ -169,6 +176,44 @@ def _received_by_sums(m: Maker) -> tuple[Any, ...]:
     return query, key, sums, None, HEAD**-0.5, True, "mean", "mean"
 
 
+def _masked(m: Maker) -> tuple[Any, ...]:
+    """Causal attention of a row whose first eighth is padding; its mask has a byte for each query and key."""
+    token = 10 * HEADS * HEAD * m.dtype.itemsize
+    tokens = max(int(((token**2 + 4 * m.size) ** 0.5 - token) / 2), 8)
+    seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=m.device).tril()
+    seen[..., : tokens // 8] = False
+    query, key = m.floats(1, 4 * HEADS, tokens, HEAD), m.floats(1, HEADS, tokens, HEAD)
+    return query, key, key.flip(2), seen, HEAD**-0.5, False
+
+
+_SCORES = ("mean", "mean")
+"""How attention received is brought together where it is timed with its attention."""
+
+
+def _sums_shared() -> Callable[..., Any]:
+    """Attention, and what is received of it, made of its sums."""
+    attend, received_by = (kernels.kernel_op(name) for name in ("attend_with_sums", "received_by_sums"))
+
+    def call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        out, sums, peaks = attend(query, key, value, mask, *how)
+        return out.transpose(1, 2), received_by(query, key, sums, None, *how, *_SCORES, mask, 0.0, peaks)
+
+    return call
+
+
+def _sums_apart() -> Callable[..., Any]:
+    """The model's attention, and beside it what is received of it."""
+    received = kernels.kernel_op("attention_received")
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True)
+        return out, received(query, key, mask, None, scale, causal, 0.0, *_SCORES)
+
+    return call
+
+
 def _received_by_head(m: Maker) -> tuple[Any, ...]:
     """From a window of 64 queries."""
     return *_site(m, 64), None, None, 64, HEADS, HEAD**-0.5, False, 0.0, "mean", "mean", None
@@ -236,6 +281,8 @@ ONE = (torch.float32,)
 WORKLOADS: dict[str, Workload] = {
     "attend": Workload(_attend, _all),
     "attend_chosen": Workload(_attend_chosen, lambda args, results: held(args[1]) // 2 + held(args[4], *results)),
+    # Chosen where the two together are faster than what they stand for.
+    "attend_with_sums": Workload(_masked, _all, run=_sums_shared, usual=_sums_apart),
     "attention_received": Workload(_received, _all),
     "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
     # A row of distances for each token that is chosen.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 HEADS = ("mean", "max", "sum")
 LOWEST = torch.finfo(torch.float32).min
+LOG2E = 1.4426950408889634
 
 
 def check(query: Tensor, key: Tensor, mask: Tensor | None, heads: str) -> int:
@@ -38,6 +39,16 @@ def adjust(logits: Tensor, mask: Tensor | None, causal: Tensor | None, softcap: 
     elif mask is not None:
         logits = logits + mask.to(torch.float32)
     return logits if causal is None else torch.where(causal, logits, -torch.inf)
+
+
+def base2(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, softcap: float) -> Tensor:
+    """Logits times log2(e) under a mask, float32 [B, H, Tq, Tk], as kernels keep them; only -inf hides."""
+    wide = key.to(torch.float32).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = query.to(torch.float32) @ wide.transpose(2, 3) * (scale * LOG2E)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = torch.where(mask == -torch.inf, -torch.inf, (mask.to(torch.float32) * LOG2E).clamp(min=LOWEST))
+    causal = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).tril() if is_causal else None
+    return adjust(logits, mask, causal, softcap * LOG2E)
 
 
 def exponentials(logits: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _attention, _triton_tiles
 from ._triton import wrap_triton
-from ._triton_tiles import LOWEST, added, base2, dot, masked
+from ._triton_tiles import LOWEST, absorb, added, base2, dot, masked
 
 
 @triton.jit
@@ -64,13 +64,9 @@ def _part(
         if MASK != 0:
             logits = masked(logits, mask_row[:, None] + column[None, :] * m_key, real[:, None] & there[None, :], MASK)
         logits = tl.where(there[None, :], logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        weights, shrunk = tl.exp2(logits - higher[:, None]), tl.exp2(peak - higher)
-        total = total * shrunk + tl.sum(weights, 1)
         v_at = value + column[:, None] * v_token + broad[None, :] * v_depth
         v = tl.load(v_at, mask=there[:, None] & (broad < OUT)[None, :], other=0.0)
-        result = result * shrunk[:, None] + dot(weights.to(v.dtype), v, EXACT)
-        peak = higher
+        peak, total, result = absorb(peak, total, result, logits, v)
     if WHOLE:
         result = result / tl.where(total > 0, total, 1.0)[:, None]
     at = (plane.to(tl.int64) * parts + cut) * rows + row

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import LOWEST, added, base2, dot, masked
+from ._triton_tiles import LOWEST, added, base2, dot, masked, reach, tile
 
 
 @triton.jit
@@ -35,21 +35,13 @@ def _absorb(
     CAPPED: tl.constexpr, EXACT: tl.constexpr, KEPT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add keys begin to end to the running peaks and sums of a tile of rows; EDGE where some rows see some only."""
-    deep = tl.arange(0, DEEP)
     for start in range(begin, end, WIDE):
-        column = start + tl.arange(0, WIDE)
-        spot = key + column.to(tl.int64)[None, :] * k_token + deep[:, None] * k_depth
-        k = tl.load(spot, mask=(deep < DEPTH)[:, None] & (column < keys)[None, :], other=0.0)
-        logits = base2(dot(q, k, EXACT), scale, softcap, CAPPED)
-        if MASK != 0:
-            m_at = mask + at.to(tl.int64)[:, None] * m_query + column.to(tl.int64)[None, :] * m_key
-            logits = masked(logits, m_at, counted[:, None] & (column < end)[None, :], MASK)
-        if EDGE:
-            seen = (column < end)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= at[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
+        logits = tile(
+            q, key, mask, at, counted, start, end, keys, k_token, k_depth, m_query, m_key, scale, softcap,
+            WIDE, DEPTH, DEEP, MASK, CAUSAL, CAPPED, EXACT, EDGE,
+        )  # fmt: skip
         if KEPT:
+            column = start + tl.arange(0, WIDE)
             tl.store(kept[:, None] + column[None, :], logits, mask=counted[:, None] & (column < end)[None, :])
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
@@ -82,15 +74,7 @@ def row_parts(
     mask += b * m_batch + h * m_head
     kept_at = kept + (plane.to(tl.int64) * count + index) * keys
     begin = cut * part
-    end = tl.minimum(begin + part, keys)
-    # No row that counts sees past `last`, and all of them see up to `first`.
-    last = tl.max(tl.where(counted, at, -1))
-    whole = end
-    if CAUSAL:
-        end = tl.minimum(end, last + 1)
-        whole = tl.minimum(end, tl.min(tl.where(counted, at, keys)) + 1)
-    end = tl.where(last < 0, begin, tl.maximum(end, begin))
-    whole = begin + tl.maximum(tl.minimum(whole, end) - begin, 0) // WIDE * WIDE
+    whole, end = reach(at, counted, begin, tl.minimum(begin + part, keys), keys, WIDE, CAUSAL)
     peak, total = tl.full([TALL], LOWEST, tl.float32), tl.zeros([TALL], tl.float32)
     peak, total = _absorb(
         peak, total, q, key, mask, kept_at, at, counted, begin, whole, keys, k_token, k_depth, m_query, m_key,

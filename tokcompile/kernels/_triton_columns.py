@@ -108,19 +108,20 @@ def over_heads(
     heads: str,
     sinks: Tensor | None,
     groups: int,
-    sums: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What `_columns.over_heads` computes, float32 [B, groups, Tk]; arguments as there.
 
     Args:
-        sums: float32 [B, H, Tq], the log-sum-exp of each row, where it is known: the first pass is left out.
+        known: peaks and shares of the rows, float32 [B, H, Tq] and contiguous, as `passes.rows_joined` makes them: the
+            first pass is left out. None: they are not known.
         places: int64 [B, W], the query rows that count, -1 for none; causality and the mask go by these. `rows` is
             None then. None: all rows count, or those of `rows`.
     """
     site = _site(query, key, hidden, rows, places, scale, is_causal, softcap)
     few = site.tall is not None
-    kept = _room(site) if few and sums is None and _is_worth_keeping(site) else None
-    peaks, shares = _shares(site, sinks, kept) if sums is None else _of_sums(sums)
+    kept = _room(site) if few and known is None and _is_worth_keeping(site) else None
+    peaks, shares = _shares(site, sinks, kept) if known is None else known
     (batch, count), keys = query.shape[:2], key.shape[2]
     parts = (1, site.looked) if few else _triton_tiles.parts_of(site.planes * triton.cdiv(keys, 64), site.looked)
     received = torch.empty((batch, count, parts[0], keys), dtype=torch.float32, device=query.device)
@@ -181,13 +182,6 @@ def list_of(rows: Tensor | None, places: Tensor | None) -> tuple[int, Tensor | N
 def _is_worth_keeping(site: _Site) -> bool:
     """Whether writing logits, and reading them again, moves less than reading the keys a second time."""
     return 12 * site.query.shape[1] * site.looked <= site.key.shape[1] * site.key.shape[3] * site.key.dtype.itemsize
-
-
-def _of_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Peaks and shares, as `_shares` returns them, of rows whose log-sum-exp is known."""
-    seen = torch.isfinite(sums)
-    peaks = torch.where(seen, sums * _triton_tiles.LOG2E.value, torch.inf)
-    return peaks.contiguous(), seen.to(torch.float32).contiguous()
 
 
 def _room(site: _Site) -> Tensor:

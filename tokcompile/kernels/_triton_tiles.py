@@ -29,7 +29,7 @@ NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 # Three products of tensor cores, of which each has eleven bits, are as exact as one in float32 but for the last bits.
 _PRECISION = tl.constexpr("ieee" if INTERPRETED else "tf32x3")
 AS_FLOAT32 = tl.constexpr(INTERPRETED)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(_attention.LOG2E)
 LOWEST = tl.constexpr(_attention.LOWEST)
 
 
@@ -120,6 +120,50 @@ def masked(logits, at, inside, MASK: tl.constexpr):
     elif MASK == 2:
         logits = logits + added(tl.load(at, mask=inside, other=0.0))
     return logits
+
+
+@triton.jit
+def reach(at, counted, begin, end, keys, WIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Up to where, in whole tiles from begin on, all rows `at` see all keys, and up to where some row sees any."""
+    # No row that counts sees past `last`, and all of them see up to `first`.
+    last = tl.max(tl.where(counted, at, -1))
+    whole = end
+    if CAUSAL:
+        end = tl.minimum(end, last + 1)
+        whole = tl.minimum(end, tl.min(tl.where(counted, at, keys)) + 1)
+    end = tl.where(last < 0, begin, tl.maximum(end, begin))
+    return begin + tl.maximum(tl.minimum(whole, end) - begin, 0) // WIDE * WIDE, end
+
+
+@triton.jit
+def tile(
+    q, key, mask, at, counted, start, end, keys, k_token, k_depth, m_query, m_key, scale, softcap,
+    WIDE: tl.constexpr, DEPTH: tl.constexpr, DEEP: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of rows `at` for WIDE keys from `start` on; EDGE where some rows see some of them only."""
+    column, deep = start + tl.arange(0, WIDE), tl.arange(0, DEEP)
+    spot = key + column.to(tl.int64)[None, :] * k_token + deep[:, None] * k_depth
+    k = tl.load(spot, mask=(deep < DEPTH)[:, None] & (column < keys)[None, :], other=0.0)
+    logits = base2(dot(q, k, EXACT), scale, softcap, CAPPED)
+    if MASK != 0:
+        m_at = mask + at.to(tl.int64)[:, None] * m_query + column.to(tl.int64)[None, :] * m_key
+        logits = masked(logits, m_at, counted[:, None] & (column < end)[None, :], MASK)
+    if EDGE:
+        seen = (column < end)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= at[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def absorb(peak, total, result, logits, v):
+    """Add keys with their values to the running peaks, sums and results of rows: flash attention's inner step."""
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    weights, shrunk = tl.exp2(logits - higher[:, None]), tl.exp2(peak - higher)
+    result = result * shrunk[:, None] + dot(weights.to(v.dtype), v, v.dtype == tl.float32)
+    return higher, total * shrunk + tl.sum(weights, 1), result
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _attention, _library
 from .attention_received import reduced
 
 
@@ -18,16 +18,21 @@ def reference(
     is_causal: bool,
     heads: str,
     reduce: str,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
+    peaks: Tensor | None = None,
 ) -> Tensor:
-    """Reduce exp(query @ key^T * scale - sums) over query rows, then over heads.
+    """Reduce exp(cap(query @ key^T * scale) + mask - sums) over query rows, then over heads.
 
     With the log-sum-exp of each row, which flash attention knows when it is done (Dao et al. 2022, algorithm 1), a
     probability takes one product: half of what `attention_received` computes.
 
     Args:
-        query, key, rows, scale, is_causal, heads, reduce: as for `attention_received`.
-        sums: float32 [B, H, Tq], the natural logarithm of each row's sum of exponentials. A row without one, NaN or
-            infinite, sees nothing.
+        query, key, rows, scale, is_causal, heads, reduce, mask, softcap: as for `attention_received`.
+        sums: float32 [B, H, Tq], the natural logarithm of each row's sum of exponentials, a sink's among them. A row
+            without one, NaN or infinite, sees nothing.
+        peaks: float32 [B, H, Tq], what the exponents of these sums were less by, times log2(e), as `attend_with_sums`
+            returns them; None: they are the log-sum-exp itself.
 
     Returns:
         float32 [B, Tk].
@@ -35,33 +40,38 @@ def reference(
     Raises:
         ValueError: shapes that do not fit, unknown `heads` or `reduce`.
     """
-    check(query, sums)
+    check(query, sums, peaks)
     together = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
     def columns(hidden: Tensor | None) -> Tensor:
-        del hidden
-        wide = key.to(torch.float32).repeat_interleave(query.shape[1] // key.shape[1], 1)
-        logits = query.to(torch.float32) @ wide.transpose(2, 3) * scale
+        logits = _attention.base2(query, key, hidden, scale, is_causal, softcap)
         seen = torch.isfinite(sums)[..., None]
         if rows is not None:
             seen = seen & rows[:, None, :, None]
-        if is_causal:
-            seen = seen & torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).tril()
-        weights = torch.where(seen, torch.exp(logits - sums[..., None]), 0.0)
+        less, share = split(sums, peaks)
+        weights = torch.where(seen, torch.exp2(logits - less[..., None]) * share[..., None], 0.0)
         return together[heads](weights.sum(2), 1)[:, None]
 
-    return reduced(columns, query, key, None, rows, heads, reduce)
+    return reduced(columns, query, key, mask, rows, heads, reduce)
 
 
-def check(query: Tensor, sums: Tensor) -> None:
-    """Refuse sums that are not those of the rows. Raises ValueError."""
-    if query.dim() != 4 or sums.shape != query.shape[:3] or sums.dtype != torch.float32:
-        raise ValueError(f"sums must be float32 {list(query.shape[:3])}, not {sums.dtype} {list(sums.shape)}")
+def check(query: Tensor, sums: Tensor, peaks: Tensor | None) -> None:
+    """Refuse sums or peaks that are not those of the rows. Raises ValueError."""
+    for name, each in (("sums", sums), ("peaks", sums if peaks is None else peaks)):
+        if query.dim() != 4 or each.shape != query.shape[:3] or each.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32 {list(query.shape[:3])}, not {each.dtype} {list(each.shape)}")
+
+
+def split(sums: Tensor, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What to take from base-2 exponents, and what to multiply their powers by, to make probabilities of them."""
+    if peaks is None:
+        return sums * _attention.LOG2E, torch.ones_like(sums)
+    return peaks, torch.exp(-sums)
 
 
 _library.define_kernel(
     "received_by_sums(Tensor query, Tensor key, Tensor sums, Tensor? rows, float scale, bool is_causal, str heads, "
-    "str reduce) -> Tensor",
+    "str reduce, Tensor? mask=None, float softcap=0.0, Tensor? peaks=None) -> Tensor",
     reference,
     triton="triton_received_by_sums",
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ from tokcompile.kernels import _triton
 from tokcompile.lowering.fuseattends import fuse_attends
 from tokcompile.lowering.fusemarks import fuse_marks
 from tokcompile.lowering.groupgathers import group_gathers
-from tokcompile.lowering.sharesums import share_sums
+from tokcompile.lowering.sharesums import KERNEL, kernel_arguments, share_sums, sharings
 
 SETTING = "TOKRED_KERNELS"
 SETTINGS = ("auto", "off", "on")
@@ -42,7 +42,8 @@ class Choice:
     """What runs one operator of a graph.
 
     Attributes:
-        node, op: name of the node, and of the operator without its namespace.
+        node, op: name of the node, and of the operator without its namespace. `attend_with_sums` stands at an attention
+            of the model, which stays as it is without the kernel.
         kernel: whether its Triton kernel runs it, and not its reference.
         reason: why.
     """
@@ -121,7 +122,8 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
         gm: a rewritten graph with fake values, changed in place.
 
     Returns:
-        What was chosen for each `tokred::` operator of the graph, in its order.
+        What was chosen for each `tokred::` operator of the graph, in its order; then for attentions of the model that
+        could hand on the sums of their rows.
 
     Raises:
         LowerError: as for `setting` and `measured`.
@@ -133,7 +135,7 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
         return choices
     fuse_attends(gm.graph, nodes)
     fuse_marks(gm.graph, [node for node in nodes if not node._erased])
-    share_sums(gm.graph, [node for node in nodes if not node._erased])
+    share_sums(gm.graph, [node for node in nodes if not node._erased], chosen)
     nodes = [node for node in nodes if not node._erased]
     group_gathers(gm.graph, nodes)
     for node in nodes:
@@ -147,7 +149,10 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
 def choices_of(gm: GraphModule) -> list[Choice]:
     """What `choose_kernels` would choose, and why; the graph stays as it is."""
     how, table = setting(), measured()
-    return [Choice(node.name, _name(node), *_decide(node, how, table)) for node in _operators(gm)]
+    own = {node: Choice(node.name, _name(node), *_decide(node, how, table)) for node in _operators(gm)}
+    found = sharings(gm.graph, [node for node, choice in own.items() if choice.kernel])
+    attentions = dict.fromkeys(each.attention for each in found if not each.flash)
+    return [*own.values(), *(Choice(each.name, KERNEL, *_decide_attention(each, how, table)) for each in attentions)]
 
 
 def _operators(gm: GraphModule) -> Iterator[Node]:
@@ -166,14 +171,36 @@ def _decide(node: Node, how: str, table: Measured) -> tuple[bool, str]:
         return False, f"{SETTING}=off"
     if name not in kernels.kernel_names():
         return False, "the operator has no kernel"
-    args = map_arg(node.args, lambda n: n.meta.get("val"))
-    tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
-    fault = _device_fault(tensors, how) or _fault(name, args)
+    return _decide_call(name, node.args, _results(node), how, table)
+
+
+def _decide_attention(node: Node, how: str, table: Measured) -> tuple[bool, str]:
+    return _decide_call(KERNEL, kernel_arguments(node), _results(node), how, table)
+
+
+def _decide_call(
+    name: str, given: tuple[Any, ...], results: list[torch.Tensor], how: str, table: Measured
+) -> tuple[bool, str]:
+    args = map_arg(given, lambda n: n.meta.get("val"))
+    fault = _device_fault(_tensors(args), how) or _fault(name, args)
     if fault:
         return False, fault
     if how == "on":
         return True, f"{SETTING}=on"
-    return _by_table(name, [*tensors, *_results(node)], table)
+    return _by_table(name, weighed(name, args, results), table)
+
+
+APART = {KERNEL: 3}
+"""Which argument does not count where kernels are chosen by bytes: a mask that can outgrow what it hides."""
+
+
+def weighed(name: str, args: Sequence[Any], results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of a call by whose bytes, and by the dtype of whose largest, its kernel is chosen."""
+    return _tensors([*(each for at, each in enumerate(args) if at != APART.get(name)), *results])
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
 
 
 def _device_fault(tensors: list[torch.Tensor], how: str) -> str | None:
@@ -193,7 +220,7 @@ def _fault(name: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _results(node: Node) -> list[torch.Tensor]:
-    return [each for each in tree_leaves(node.meta.get("val")) if isinstance(each, torch.Tensor)]
+    return _tensors(node.meta.get("val"))
 
 
 def _by_table(name: str, tensors: list[torch.Tensor], table: Measured) -> tuple[bool, str]:
