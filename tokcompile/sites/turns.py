@@ -22,9 +22,8 @@ from tokcompile.sites.find import Sites
 from tokcompile.sites.reach import Reach
 
 aten = torch.ops.aten
-_MOVES = {
-    aten.to.dtype,
-    aten._to_copy.default,
+_CASTS = {aten.to.dtype, aten.to.device, aten._to_copy.default}
+_MOVES = _CASTS | {
     aten.unsqueeze.default,
     aten.expand.default,
     aten.view.default,
@@ -32,7 +31,6 @@ _MOVES = {
     aten.clone.default,
     aten.contiguous.default,
 }
-_CASTS = {aten.to.dtype, aten._to_copy.default}
 _WAVES = {aten.cos.default: "cos", aten.sin.default: "sin"}
 _GATHER = torch.ops.tokred.gather_tokens.default
 _LAYER = torch.ops.tokred.flagged_tokens.default
