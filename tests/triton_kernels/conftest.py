@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -21,3 +23,18 @@ def kernels_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "unmeasured.json"
     path.write_text(json.dumps({"unmeasured": "kernel"}))
     monkeypatch.setenv(TABLE, str(path))
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of each tensor that `torch.empty` makes from now on, as kernels make theirs."""
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "empty", counted)
+    return sizes
