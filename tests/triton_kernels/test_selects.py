@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launched import launched, strided
 from torch import Tensor
 
-from tokcompile.kernels import reference_of
+from tokcompile.kernels import _triton_long_rows, _triton_select, kernel_fault, reference_of
 
 SPECIALS = [0.0, -0.0, 1.0, -1.0, 1.0 + 2**-23, 1e-40, -1e-40, 3e38, float("inf"), -float("inf"), float("nan")]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
@@ -96,9 +97,58 @@ def test_long_rows():
     same("kept_indices", mask(0, (2, 5000)), 2100)
 
 
-def test_rows_that_are_too_long_are_left_to_the_reference():
-    from tokcompile.kernels import kernel_fault
+@pytest.fixture
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more than 16 tokens count as long ones, in parts of 16 tokens; of more than 200, in 32 parts."""
+    monkeypatch.setattr(_triton_select, "MOST", 16)
+    monkeypatch.setattr(_triton_long_rows, "PART", 16)
+    monkeypatch.setattr(_triton_long_rows, "LONG", 200)
 
-    assert "16384" in kernel_fault("topk_mask", (torch.zeros(1, 16385), None, 3))
-    assert kernel_fault("topk_mask", (torch.zeros(1, 16384), None, 3)) is None
+
+LONG = st.sampled_from([17, 100, 128, 129, 203, 520])
+"""Tokens: in one part, in some of eight, in all of them, in one more than that, and in several turns of each."""
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LONG, DTYPES, SEEDS, st.booleans(), st.data())
+def test_top_k_of_long_rows(many_parts, tokens, dtype, seed, every, data):
+    k = data.draw(budgets(tokens))
+    same("topk_mask", scores(seed, (2, tokens), dtype), None if every else mask(seed, (2, tokens)), k)
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LONG, st.integers(0, 4), SEEDS, st.booleans(), st.data())
+def test_long_rows_with_groups_first(many_parts, tokens, groups, seed, every, data):
+    first = [mask(seed + n, (2, tokens)) for n in range(groups)]
+    among = None if every else mask(seed + 9, (2, tokens))
+    same("fill_mask", first, scores(seed, (2, tokens), torch.float32), among, data.draw(budgets(tokens)))
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LONG, DTYPES, SEEDS, st.booleans(), st.booleans(), st.integers(0, 30), st.integers(0, 30), st.data())
+def test_keys_of_long_rows_that_stay(many_parts, tokens, dtype, seed, padded, among, first, last, data):
+    masks = [mask(seed + n, (2, tokens)) if given else None for n, given in enumerate((padded, among))]
+    same("keep_keys", scores(seed, (2, 2, tokens), dtype), *masks, first, last, data.draw(budgets(tokens)))
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LONG, SEEDS, st.data())
+def test_random_scores_of_long_rows(many_parts, tokens, seed, data):
+    """Which differ in each of the four digits that are counted."""
+    random = torch.randn(1, 2, tokens, generator=torch.Generator().manual_seed(seed))
+    same("keep_keys", random, None, None, 3, 5, data.draw(budgets(tokens)))
+
+
+def test_rows_that_are_longer_than_a_program_holds():
+    """At their real sizes."""
+    random = torch.randn(1, 70000, generator=torch.Generator().manual_seed(0))
+    for tokens in (16385, 70000):
+        same("topk_mask", random[:, :tokens], None, 4096)
+        same("keep_keys", random[:, None, :tokens], None, None, 128, 512, 4096)
+
+
+def test_what_a_kernel_does_not_hold_is_left_to_the_reference():
+    assert "windows of 16641 tokens" in kernel_fault("window_topk_mask", (torch.zeros(1, 16641), 129, 129, 1, 1, 3))
+    assert kernel_fault("window_topk_mask", (torch.zeros(1, 16384), 128, 128, 1, 1, 3)) is None
+    assert "without tokens" in kernel_fault("topk_mask", (torch.zeros(1, 0), None, 0))
     assert "priority groups" in kernel_fault("fill_mask", ([torch.zeros(1, 4).bool()] * 5, torch.zeros(1, 4), None, 1))

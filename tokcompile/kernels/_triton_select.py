@@ -1,7 +1,8 @@
 """What the Triton kernels that select by score share: the exact order of `_order`, and the k first of it.
 
-Rows of at most MOST tokens, each in one program that reads it once. The k-th key is found bit by bit from the top, each
-in one pass over registers, a comparison and a sum: exact, and the same whatever the order in which threads add up.
+Rows of at most MOST tokens, each in one program that reads it once; `_triton_long_rows` is for longer ones. The k-th
+key is found bit by bit from the top, each in one pass over registers, a comparison and a sum: exact, and the same
+whatever the order in which threads add up.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ def fault(scores: Tensor, tokens: Any) -> str | None:
     """Why rows of scores cannot be selected from; None when they can."""
     if scores.dtype not in DTYPES:
         return f"no kernel reads scores of {scores.dtype}"
-    if not 0 < tokens <= MOST:
-        return f"rows of {tokens} tokens; the kernel holds 1 to {MOST}"
-    return None
+    return None if tokens > 0 else "rows without tokens"
 
 
 def width(tokens: Any) -> int:

@@ -1,4 +1,4 @@
-"""The Triton part of fill_mask: up to four priority groups, then the score, in one launch."""
+"""The Triton part of fill_mask: up to four priority groups, then the score, in one launch for all but long rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_long_rows as long_rows
 from . import _triton_select as select
 from ._triton import wrap_triton
 from ._triton_select import largest, sortable
@@ -28,6 +29,8 @@ def supports(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: A
 def launch(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any) -> Tensor:
     """As the reference."""
     batch, tokens = scores.shape
+    if tokens > select.MOST:
+        return long_rows.select(scores[:, None], _classes(first, among), 0, 0, k, indices=False)[:, 0]
     out = torch.empty((batch, tokens), dtype=torch.bool, device=scores.device)
     masks = [scores if among is None else among, *first, *[scores] * (GROUPS - len(first))]
     words = {f"mask_{n}": mask for n, mask in enumerate(masks)}
@@ -48,6 +51,16 @@ def launch(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any
         num_warps=select.warps(block),
     )
     return out
+
+
+def _classes(first: Sequence[Tensor], among: Tensor | None) -> Tensor | None:
+    """int8 [B, N]: the reference's classes; None: all are of one."""
+    if not first:
+        return among
+    classes = torch.ones_like(first[0], dtype=torch.int8) if among is None else among.to(torch.int8)
+    for rank, group in enumerate(reversed(first)):
+        classes = torch.where(group, rank + 2, classes)
+    return classes
 
 
 @triton.jit

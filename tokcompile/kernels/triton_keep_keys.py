@@ -1,4 +1,4 @@
-"""The Triton part of keep_keys: a program for each head of each row, which writes the indices that stay."""
+"""The Triton part of keep_keys: a program for each head of each row, or for parts of long ones, writes what stays."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_long_rows as long_rows
 from . import _triton_select as select
 from ._triton import wrap_triton
 from ._triton_select import largest, sortable
+from .keep_keys import classes_of
 
 
 def supports(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: int, last: Any, k: Any) -> str | None:
@@ -23,6 +25,10 @@ def supports(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: 
 def launch(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: int, last: Any, k: Any) -> Tensor:
     """As the reference."""
     batch, heads, tokens = scores.shape
+    if tokens > select.MOST:
+        plain = valid is None and among is None
+        classes = None if plain else classes_of(scores, valid, among, first, last).to(torch.int8)
+        return long_rows.select(scores, classes, first, last, k, indices=True)
     out = torch.empty((batch, heads, k), dtype=torch.int64, device=scores.device)
     if isinstance(k, int) and k == 0:
         return out

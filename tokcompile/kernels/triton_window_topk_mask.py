@@ -13,7 +13,10 @@ from ._triton_windows import mark
 def supports(scores: Tensor, height: int, width: int, rows: int, columns: int, k: Any) -> str | None:
     """Why the kernel cannot run on these arguments; None when it can."""
     del k
-    return select.fault(scores, (height // rows) * (width // columns))
+    size = (height // rows) * (width // columns)
+    if size > select.MOST:
+        return f"windows of {size} tokens; the kernel holds {select.MOST}"
+    return select.fault(scores, size)
 
 
 def launch(scores: Tensor, height: int, width: int, rows: int, columns: int, k: Any) -> Tensor:
