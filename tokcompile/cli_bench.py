@@ -22,6 +22,9 @@ def bench(
     rule: Annotated[str | None, typer.Argument(metavar="[RULE]", help="With --end-to-end: a rule.")] = None,
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Options of the rule.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time each Triton kernel against its reference.")] = False,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Time what kernels have to reach; 1 if one is missed.")
+    ] = False,
     ops: Annotated[list[str] | None, typer.Option("--op", metavar="NAME", help="Only these operators.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls: 30 of a kernel, 3 of a model.", min=1)] = None,
     sizes: Annotated[
@@ -41,11 +44,15 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time kernels on a GPU against their references, or a model under a rule against itself and the rule's ideal."""
-    if kernels == ends:
-        both = "tokred bench --kernels, or tokred bench --end-to-end MODEL RULE"
-        raise LowerError("nothing to time was named" if not kernels else "two things to time were named", remedy=both)
+    if kernels + ends + targets != 1:
+        each = "tokred bench --kernels, tokred bench --targets, or tokred bench --end-to-end MODEL RULE"
+        raise LowerError(
+            "two things to time were named" if kernels + ends + targets else "nothing to time was named", remedy=each
+        )
     if ends:
         _ends(model, rule, options or [], device, dtype, prompt, image, new, rounds or 3, as_json)
+    elif targets:
+        _targets(rounds or 30, as_json)
     else:
         _kernels(ops or [], rounds or 30, sizes or [], plot, table, as_json)
 
@@ -84,6 +91,24 @@ def _ends(
         print_json(found.to_dict())
     else:
         print_page(endbench.render(found, is_plain()))
+
+
+def _targets(rounds: int, as_json: bool) -> None:
+    from tokcompile.bench import kernelbench, kerneltargets
+
+    kernelbench.needs_gpu()
+    import torch
+
+    sizes = kernelbench.default_sizes()[len(kernelbench.SMALL) :]
+    clock, name = kernelbench.CudaClock(rounds), torch.cuda.get_device_name()
+    with progress() as bar:
+        found = kerneltargets.measure(kerneltargets.targets(sizes=sizes), clock, "cuda", name, bar)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_page(kerneltargets.render(found, is_plain()))
+    if not found.hold:
+        raise typer.Exit(1)
 
 
 def _kernels(

@@ -94,6 +94,10 @@ class Result:
         return {"unmeasured": "reference", "devices": {self.device: found}}
 
 
+AHEAD = 20_000_000
+"""Clock cycles that a GPU waits before calls are timed, so that what is timed is its work, and not Python's."""
+
+
 class CudaClock:
     """Median of CUDA events around calls, each after something else has filled the L2 cache."""
 
@@ -104,16 +108,16 @@ class CudaClock:
     def __call__(self, run: Callable[[], object]) -> float:
         for _ in range(self.warmup):
             run()
-        spent = []
-        for _ in range(self.rounds):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.rounds)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(AHEAD)
+        for start, end in events:
             self._other.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
             end.record()
-            end.synchronize()
-            spent.append(start.elapsed_time(end))
-        return statistics.median(spent)
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def l2_bytes() -> int:
@@ -165,7 +169,7 @@ def bench(
     result = Result(name)
     task = bar.add_task("copy", total=len(ops)) if bar is not None else None
     for size in sizes:
-        result.copy[size] = _copy_rate(size, clock, device)
+        result.copy[size] = copy_rate(size, clock, device)
     for op in ops:
         if bar is not None:
             bar.update(task, description=op, advance=1)
@@ -178,7 +182,8 @@ def bench(
     return result
 
 
-def _copy_rate(size: int, clock: Clock, device: str) -> float:
+def copy_rate(size: int, clock: Clock, device: str) -> float:
+    """Bytes a millisecond, read and written, of a copy that moves so many."""
     source = torch.zeros(max(size // 2, 1), dtype=torch.uint8, device=device)
     into = torch.empty_like(source)
     return 2 * source.numel() / clock(lambda: into.copy_(source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Workload:
         dtypes: what it is measured in, of floats.
         run: gives what is timed for the kernel; None: its operator alone.
         usual: gives what runs without the kernel; None: its reference.
+        bound: what keeps it from being faster: the bytes that move, products, or steps that wait for each other.
     """
 
     make: Callable[[Maker], tuple[Any, ...]]
@@ -67,6 +68,7 @@ class Workload:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     run: Callable[[], Callable[..., Any]] | None = None
     usual: Callable[[], Callable[..., Any]] | None = None
+    bound: Literal["bytes", "products", "steps"] = "bytes"
 
 
 def held(*values: Tensor | None) -> int:
@@ -282,11 +284,11 @@ WORKLOADS: dict[str, Workload] = {
     "attend": Workload(_attend, _all),
     "attend_chosen": Workload(_attend_chosen, lambda args, results: held(args[1]) // 2 + held(args[4], *results)),
     # Chosen where the two together are faster than what they stand for.
-    "attend_with_sums": Workload(_masked, _all, run=_sums_shared, usual=_sums_apart),
-    "attention_received": Workload(_received, _all),
+    "attend_with_sums": Workload(_masked, _all, run=_sums_shared, usual=_sums_apart, bound="products"),
+    "attention_received": Workload(_received, _all, bound="products"),
     "attention_row": Workload(_row, lambda args, results: held(args[1], *results)),
     # A row of distances for each token that is chosen.
-    "farthest_mask": Workload(_walk, lambda args, results: args[3] * held(args[1], *results), ONE),
+    "farthest_mask": Workload(_walk, lambda args, results: args[3] * held(args[1], *results), ONE, bound="steps"),
     "fill_mask": Workload(
         lambda m: ([m.flags(*_scores(m).shape, share=0.1)], _scores(m), None, ROW // 4),
         lambda args, results: held(*args[0], args[1], *results),
@@ -298,17 +300,17 @@ WORKLOADS: dict[str, Workload] = {
     "gather_tokens": Workload(_tokens, _copies),
     "keep_keys": Workload(_keep, _all),
     "kept_indices": Workload(lambda m: (m.flags(m.units(ROW * 3), ROW), ROW // 4), _all, ONE),
-    "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results)),
+    "key_attention": Workload(_received_by_head, lambda args, results: held(args[1], *results), bound="products"),
     "key_viewers": Workload(_viewers, lambda args, results: held(args[2], *results), ONE),
     "key_votes": Workload(_votes, _all),
     "mark_pack": Workload(_packed, lambda args, results: held(*args[:2], *results)),
     "mark_slots": Workload(_slots, _all, ONE),
     "mark_tokens": Workload(_marked, _copies),
-    "match_pairs": Workload(_match, _all),
-    "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results)),
+    "match_pairs": Workload(_match, _all, bound="products"),
+    "merge_keys": Workload(_merge, lambda args, results: _all(args, results) + held(*results), bound="products"),
     "merge_pairs": Workload(_merge_pairs, _all),
     "pair_scores": Workload(_pair_scores, _all),
-    "received_by_sums": Workload(_received_by_sums, _all),
+    "received_by_sums": Workload(_received_by_sums, _all, bound="products"),
     "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
     "turn_pairs": Workload(_turn, _all),
     "unturn_keys": Workload(_unturn, _all),

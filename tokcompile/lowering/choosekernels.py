@@ -115,11 +115,12 @@ def tag() -> str:
     return f"{setting()}-{'interpreted' if _triton.interpreted() else 'compiled'}"
 
 
-def choose_kernels(gm: GraphModule) -> list[Choice]:
+def choose_kernels(gm: GraphModule, how: str | None = None) -> list[Choice]:
     """Swap `tokred::NAME` for `tokred_triton::NAME` where the kernel is chosen; gathers by one index for one launch.
 
     Args:
         gm: a rewritten graph with fake values, changed in place.
+        how: one of SETTINGS; None: what `setting` says.
 
     Returns:
         What was chosen for each `tokred::` operator of the graph, in its order; then for attentions of the model that
@@ -128,7 +129,7 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
     Raises:
         LowerError: as for `setting` and `measured`.
     """
-    choices = choices_of(gm)
+    choices = choices_of(gm, how)
     chosen = {choice.node for choice in choices if choice.kernel}
     nodes = [node for node in _operators(gm) if node.name in chosen]
     if not nodes:
@@ -146,9 +147,9 @@ def choose_kernels(gm: GraphModule) -> list[Choice]:
     return choices
 
 
-def choices_of(gm: GraphModule) -> list[Choice]:
+def choices_of(gm: GraphModule, how: str | None = None) -> list[Choice]:
     """What `choose_kernels` would choose, and why; the graph stays as it is."""
-    how, table = setting(), measured()
+    how, table = how or setting(), measured()
     own = {node: Choice(node.name, _name(node), *_decide(node, how, table)) for node in _operators(gm)}
     found = sharings(gm.graph, [node for node, choice in own.items() if choice.kernel])
     attentions = dict.fromkeys(each.attention for each in found if not each.flash)
