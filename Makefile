@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed bench-kv bench-export lint format train schema results sweep retrieval clean
+.PHONY: setup demo test test-slow coverage scale speed bench-kv bench-export bench-gpu lint format train schema results sweep retrieval clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,12 @@ bench-kv: setup
 # writes docs/export-speed.md; up to an hour on two cores, 8 GB of memory, 20 GB of disk, and a quiet machine.
 bench-export: setup
 	$(BIN)/python tests/export_speed.py $(BENCH_ARGS)
+
+# Times kernels and whole models on a GPU, keeps figures in docs/gpu, and writes the tables of docs/performance.md; parts
+# that are there are not measured again. Needs a GPU that holds a model of 8 billion numbers with 128k keys, and a build of
+# torch for it.
+bench-gpu: setup
+	$(BIN)/python tests/gpu_speed.py $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

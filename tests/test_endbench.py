@@ -67,6 +67,12 @@ def test_evicted_keys_have_an_ideal_that_never_had_them() -> None:
     assert json.loads(json.dumps(found.to_dict()))["ways"][2]["kept"] == [7, 7]
 
 
+def test_chosen_keys_have_an_ideal_that_has_no_others() -> None:
+    found = measured("zoo:llama-tiny", "tokenselect", middle=4, first=2, last=3)
+    assert found.ideal == "short"
+    assert [way.kept for way in found.ways] == [(found.prompt,) * 2] * 3 + [(9, 9)]
+
+
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="Inductor 2.11 fails on CPUs on the model's own mask")
 def test_the_command_prints_ratios() -> None:
     words = ["--device", "cpu", "--dtype", "float32", "--prompt", "8", "--new", "1", "--rounds", "1"]

@@ -24,6 +24,8 @@ from tokcompile.exampleinputs import longer
 from tokcompile.modelsource import Source, from_config
 from tokcompile.recording import Recording
 from tokcompile.report import versions
+from tokcompile.rulefile import load_rule
+from tokcompile.steps import Route
 
 WARM = 4
 """Tokens of the call that compiles: a step, and one that is longer by a token."""
@@ -53,7 +55,8 @@ class Ends:
 
     Attributes:
         ideal: what the last way is: `replayed`, the rewritten graph with its choices as constants; or `short`, the
-            plain model on a prompt that is as long as the caches that the rule leaves: only its steps compare.
+            plain model on a prompt that is as long as the caches that the rule leaves, or as the keys that its steps
+            attend to: only its steps compare.
     """
 
     model: str
@@ -172,7 +175,8 @@ def bench_ends(
             replayed = {**options, "target": target, "replay": recording}
             measured("ideal", inputs, lambda: tokcompile.compile(model, rule, **replayed))
         else:
-            short = torch.full((len(inputs["input_ids"]), ruled.kept[1]), 5, device=model.device)
+            length = _attended(rule, options, ruled.kept[1])
+            short = torch.full((len(inputs["input_ids"]), length), 5, device=model.device)
             measured("ideal", {"input_ids": short}, plain)
     finally:
         tokcompile.restore(model)
@@ -180,6 +184,13 @@ def bench_ends(
     name = torch.cuda.get_device_name(device) if model.device.type == "cuda" else device
     length = inputs["input_ids"].shape[1]
     return Ends(source.name, rule, dict(options), name, str(dtype).removeprefix("torch."), length, kind, ways)
+
+
+def _attended(rule: str, options: Mapping[str, Any], kept: int) -> int:
+    """Keys that a later step attends to: all in the caches, or those that it chooses."""
+    instance = load_rule(rule).bind(**options)
+    routes = instance.resolve_only([step for step in instance.rule.steps if isinstance(step, Route)], {})
+    return min([kept, *(int(step.keep) for step in routes)])
 
 
 def _recorded(model: torch.nn.Module, rule: str, options: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Recording:

@@ -224,19 +224,17 @@ def _received(tokens: Sequence[int]) -> Iterator[Target]:
 
 
 def _bandwidths(sizes: Sequence[int]) -> Iterator[Target]:
-    """The least share of a copy's bandwidth, over all sizes."""
+    """The least share of a copy's bandwidth, over all dtypes and sizes."""
 
-    def of_copy(op: str, dtype: torch.dtype) -> Callable[..., tuple[float, float]]:
+    def of_copy(op: str) -> Callable[..., tuple[float, float]]:
         def spent(device: torch.device, clock: Clock) -> tuple[float, float]:
-            rates = [_rate(op, Maker(device, dtype, size), clock) for size in sizes]
-            return min(rates, key=lambda both: both[0] / both[1])
+            makers = (Maker(device, dtype, size) for dtype in WORKLOADS[op].dtypes for size in sizes)
+            return min((_rate(op, maker, clock) for maker in makers), key=lambda both: both[0] / both[1])
 
         return spent
 
-    for op, load in WORKLOADS.items():
-        for dtype in load.dtypes if load.bound == "bytes" and sizes else ():
-            case = f"{op}, {str(dtype).removeprefix('torch.')}"
-            yield Target("bandwidth / that of a copy", case, 0.75, False, of_copy(op, dtype))
+    for op in (op for op, load in WORKLOADS.items() if load.bound == "bytes" and sizes):
+        yield Target("bandwidth / that of a copy", op, 0.75, False, of_copy(op))
 
 
 def _rate(op: str, maker: Maker, clock: Clock) -> tuple[float, float]:
@@ -263,7 +261,7 @@ def _matched(patches: int) -> Iterator[Target]:
 
     for images in (1, 8):
         name = "match of pairs: its reference under Inductor / the kernel"
-        yield Target(name, f"{patches:,} tokens of 64, {images} images", 3, False, over_kernel(images))
+        yield Target(name, f"{patches:,} tokens of 64, batch of {images}", 3, False, over_kernel(images))
 
 
 def chosen(heads: Heads, kept: int, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
