@@ -86,6 +86,13 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "window_topk_mask": lambda: (made(0, 2, 24), 4, 6, 2, 3, 2),
 }
 
+LONG_CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "fill_mask": lambda: ([bools(2, 16400)], made(0, 2, 16400), None, 5),
+    "keep_keys": lambda: (made(0, 2, 2, 16400), bools(2, 16400), None, 1, 2, 5),
+    "topk_mask": lambda: (made(0, 2, 16400), None, 5),
+}
+"""Rows that are longer than one program holds."""
+
 
 def all_names() -> set[str]:
     """The operators with kernels, and the kernels of several."""

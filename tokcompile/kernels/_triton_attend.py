@@ -145,7 +145,7 @@ def attended(
     hidden = query if mask is None else mask.expand(batch, -1, queries, key.shape[2])
     broad = _triton_tiles.width(width)
     wrap_triton(_tuned)[(grid * parts,)](
-        query, key, value, _triton_tiles.as_bytes(hidden), listed, by, results, peaks, totals,
+        query, key, value, hidden, listed, by, results, peaks, totals,
         *query.stride(), *key.stride(), *value.stride(), *hidden.stride(), listed.stride(0),
         0 if index is None or index.shape[1] == 1 else listed.stride(1), *by.stride()[:2],
         planes, group, planes // key.shape[1], 1 if mask is None else heads // mask.shape[1], queries, keys,

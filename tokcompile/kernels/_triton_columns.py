@@ -83,7 +83,7 @@ class _Site:
 
     def launch(self, many: Any, few: Any, cut: str, parts: tuple[int, int], *between: Tensor, **flags: bool) -> None:
         """Run one of two kernels whose grid is the tiles along `cut`, for each part, of each head."""
-        query, key, mask, tall = self.query, self.key, _triton_tiles.as_bytes(self.mask), self.tall
+        query, key, mask, tall = self.query, self.key, self.mask, self.tall
         length = self.looked if cut == "TALL" else key.shape[2]
         sizes = {} if tall is None else {"TALL": tall}
         heads = query.shape[1]
@@ -176,7 +176,7 @@ def list_of(rows: Tensor | None, places: Tensor | None) -> tuple[int, Tensor | N
     """How rows are listed, and their list: it is small, and made dense."""
     if places is not None:
         return PLACED_ROWS, places.contiguous()
-    return (ALL_ROWS, None) if rows is None else (MARKED_ROWS, _triton_tiles.as_bytes(rows.contiguous()))
+    return (ALL_ROWS, None) if rows is None else (MARKED_ROWS, rows.contiguous())
 
 
 def _is_worth_keeping(site: _Site) -> bool:

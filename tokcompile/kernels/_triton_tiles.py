@@ -61,11 +61,6 @@ def unfit(query: Tensor, *others: Tensor) -> str | None:
     return f"heads of more than {WIDEST} numbers: {', '.join(map(str, widths))}" if max(widths) > WIDEST else None
 
 
-def as_bytes(mask: Tensor) -> Tensor:
-    """A bool tensor as the bytes that it is made of, any other as it is."""
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-
-
 def mask_kind(mask: Tensor | None) -> int:
     """NO_MASK, BOOL_MASK or ADDED_MASK."""
     if mask is None:
@@ -96,6 +91,9 @@ def parts_of(programs: int, length: int) -> tuple[int, int]:
 @triton.jit
 def base2(logits, scale, softcap, CAPPED: tl.constexpr):
     """Products of queries and keys as scaled, soft-capped logits times log2(e)."""
+    # Triton takes Python's floats for float32, and Inductor hands them over as float64.
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
     if CAPPED:
         # tanh(z) = 1 - 2 / (exp(2 z) + 1) holds at both ends, where exp is infinite or 0.
         twice = tl.exp2(logits * (scale / softcap * 2 * LOG2E))
@@ -114,7 +112,7 @@ def added(value):
 
 @triton.jit
 def masked(logits, at, inside, MASK: tl.constexpr):
-    """Logits in base 2 under the mask at pointers `at`; MASK 1: bytes, 0 is hidden; 2: floats, added; 0: none."""
+    """Logits in base 2 under the mask at pointers `at`; MASK 1: bools, False is hidden; 2: floats, added; 0: none."""
     if MASK == 1:
         logits = tl.where(tl.load(at, mask=inside, other=0) != 0, logits, float("-inf"))
     elif MASK == 2:

@@ -125,7 +125,7 @@ def launch(
     out = torch.empty((batch, count, heads, width), dtype=value.dtype, device=value.device)
     sums, peaks = (torch.empty((batch, heads, count), dtype=torch.float32, device=query.device) for _ in range(2))
     wrap_triton(_tuned)[lambda meta: (triton.cdiv(count, meta["TALL"]) * batch * heads,)](
-        query, key, value, _triton_tiles.as_bytes(hidden), by, out, sums, peaks,
+        query, key, value, hidden, by, out, sums, peaks,
         *query.stride(), *key.stride(), *value.stride(), *hidden.stride(), *by.stride()[:2],
         heads, heads // shared, count, keys, scale, softcap,
         DEPTH=depth, DEEP=_triton_tiles.width(depth), OUT=width, BROAD=_triton_tiles.width(width),

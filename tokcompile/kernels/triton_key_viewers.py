@@ -66,7 +66,7 @@ def viewers(
     looked = tokens if places is None else places.shape[1]
     strides = (0, 0, 0) if hidden is None else mask.stride()
     wrap_triton(_tuned)[lambda meta: (batch * triton.cdiv(keys, meta["WIDE"]),)](
-        _triton_tiles.as_bytes(mask), out if chosen is None else chosen, out, *strides, looked, keys,
+        mask, out if chosen is None else chosen, out, *strides, looked, keys,
         MASK=_triton_tiles.mask_kind(hidden), LISTED=listed, CAUSAL=is_causal,
     )  # fmt: skip
     return out
