@@ -7,23 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import fleet
 import graphs
 import harness
 import oncuda
 import pytest
+import ruleexamples
 import torch
 from drawn import made
-from rulecases import CASES, RULES
+from rulecases import RULES
 from torch import Tensor
 
-import tokcompile
 from tokcompile import kernels
 from tokcompile.errors import LowerError
 from tokcompile.kernels import _triton
 from tokcompile.lowering.choosekernels import SETTING, TABLE, Choice, choices_of, choose_kernels, measured, tag
 from tokcompile.lowering.lower import lower
-from tokcompile.models.catalogue import family
 
 pytestmark = [
     pytest.mark.usefixtures("kernels_unmeasured"),
@@ -33,12 +31,6 @@ pytestmark = [
     ),
 ]
 ops = torch.ops.tokred
-ELSEWHERE = {
-    "aot_video": ("", {"windows": 1}),
-    "hita": ("llava", {"block": 1, "queries": 4}),
-    "image": ("clip", {"block": 1, "tokens": 4}),
-}
-"""Models and options of rules that the matrix of invariants has no case of; \"\" for a family with videos."""
 
 
 def prune(x: Tensor, mask: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
@@ -128,10 +120,10 @@ def test_off_and_a_cpu_leave_references(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_a_kernel_cannot_run_says_why() -> None:
     scores = torch.zeros(1, 20000)
-    found = graphs.traced(lambda s: ops.topk_mask(s, None, 3), scores)
+    found = graphs.traced(lambda s: ops.window_topk_mask(s, 100, 200, 1, 1, 3), scores)
     oncuda.put_on_cuda(found.gm)
     assert choices_of(found.gm) == [
-        Choice("topk_mask", "topk_mask", False, "rows of 20000 tokens; the kernel holds 1 to 16384")
+        Choice("window_topk_mask", "window_topk_mask", False, "windows of 20000 tokens; the kernel holds 16384")
     ]
 
 
@@ -210,26 +202,11 @@ def _check(seen: list, rule: str) -> None:
     assert not left
 
 
-def _example(rule: str) -> tuple[torch.nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """A model that a rule fits, inputs, and the rule's options."""
-    known = CASES[rule]
-    name, options = ELSEWHERE[rule] if rule in ELSEWHERE else (known.models[0], None)
-    if not name:
-        videos = family("llava_onevision")
-        model = videos.build()
-        return model, videos.example(model, batch=2, padded=True, images=0, videos=1), options
-    model = fleet.shared(name)
-    given = known.options(model, known.keeps[0] if known.keeps else "1/3") if options is None else options
-    return model, fleet.example(model, 2, () if name == "clip" else (1, 0)), given
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_runs_kernels_on_cuda(rule: str) -> None:
     """Each operator that has a kernel becomes it, and the model's outputs are those of the references."""
-    model, inputs, given = _example(rule)
-    # Parameters of a rule are made once, and held in these.
-    options = {"rule": rule, "weights": tokcompile.Weights(), **given}
+    model, inputs, options = ruleexamples.example(rule)
     wanted = harness.prune(model, **options)(**inputs)
     torch._dynamo.reset()
     with oncuda.lowered_as_on_cuda() as seen:
@@ -243,21 +220,9 @@ def test_every_rule_runs_kernels_on_cuda(rule: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["tokenselect", "h2o", "fastv", "pospad"])
 def test_later_steps_run_kernels_on_cuda(rule: str) -> None:
-    model = fleet.shared("llava")
-    inputs = fleet.example(model, 2, (1, 0))
-    known = CASES[rule]
-    options = {"rule": rule, **known.options(model, known.keeps[0])}
-
-    def generate() -> Any:
-        torch._dynamo.reset()
-        tokcompile.compile(model, **options, target="eager")
-        out = model.generate(**inputs, **harness.greedy(4), suppress_tokens=[fleet.IMAGE])
-        tokcompile.restore(model)
-        return out
-
-    wanted = generate()
+    wanted = ruleexamples.generated(rule, 4)
     with oncuda.lowered_as_on_cuda() as seen:
-        found = generate()
+        found = ruleexamples.generated(rule, 4)
     assert len(seen) > 1
     _check(seen, rule)
     assert torch.equal(found.sequences, wanted.sequences)

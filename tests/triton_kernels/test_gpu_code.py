@@ -9,8 +9,10 @@ from pathlib import Path
 
 import kernelcases
 import pytest
+from rulecases import RULES
 
 TESTS = Path(__file__).parent.parent
+STEPPED = ("tokenselect", "h2o", "fastv", "pospad")
 
 
 def run(script: str, *names: str) -> list[str]:
@@ -40,3 +42,18 @@ def test_what_inductor_writes_of_some_kernels_compiles() -> None:
     """Among them one with floats, one with a mask of bools, and one that comes in several launches."""
     names = ["attend", "keep_keys", "key_viewers"]
     assert run("inductorcode.py", *names) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_inductor_compiles_a_model_under_a_rule_with_all_kernels_in_place(rule: str) -> None:
+    name, chosen, compiled = run("rulecode.py", rule)[-3:]
+    assert name == rule and (int(chosen) > 0) == (int(compiled) > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", STEPPED)
+def test_inductor_compiles_later_steps_with_all_kernels_in_place(rule: str) -> None:
+    """Whose caches are of any length."""
+    name, chosen, compiled = run("rulecode.py", rule, "--steps", "4")[-3:]
+    assert name == rule and int(chosen) > 0 and int(compiled) > 0
