@@ -49,6 +49,35 @@ def test_what_cannot_be_measured_is_said(words: list[str], said: str) -> None:
     assert ran.exit_code == 1 and said in ran.stderr
 
 
+def test_a_clock_queues_calls_behind_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU is never idle between the events of a call; on a stand-in for a GPU that does one thing a tick."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(done)
+
+        def elapsed_time(self, end: Event) -> int:
+            return end.at - self.at
+
+    class Other:
+        def zero_(self) -> None:
+            done.append("other")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(kernelbench, "l2_bytes", lambda: 4)
+    monkeypatch.setattr(kernelbench.torch, "empty", lambda size, **_: Other())
+    clock = kernelbench.CudaClock(rounds=2, warmup=1)
+    assert clock(lambda: done.extend(["call"] * 3)) == 3
+    calls = ["call"] * 3
+    assert done == [*calls, "idle", "wait", "other", *calls, "other", *calls, "idle"]
+
+
 def test_every_workload_is_of_an_operator_with_a_kernel() -> None:
     assert set(WORKLOADS) <= kernelcases.all_names()
 
