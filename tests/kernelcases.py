@@ -82,6 +82,10 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "topk_mask": lambda: (made(0, 2, 12), bools(2, 12), 5),
     "turn_pairs": lambda: (made(0, 2, 3, 9, 8), places(9, 2, 9), places(8, 2, 9), made(2, 3).abs(), 1, False),
+    "turned_votes": lambda: (
+        *(made(0, 2, 4, 8), made(1, 2, 2, 20, 8), places(50, 2, 20), places(30, 1, 20), made(2, 3).abs(), 1, False),
+        *(bools(2, 20), 2, 3),
+    ),
     "unturn_keys": lambda: (made(0, 2, 3, 9, 8), made(1, 1, 1, 9, 6).cos(), made(1, 1, 1, 9, 6).sin() + 2, True),
     "window_topk_mask": lambda: (made(0, 2, 24), 4, 6, 2, 3, 2),
 }

@@ -225,5 +225,9 @@ def test_later_steps_run_kernels_on_cuda(rule: str) -> None:
         found = ruleexamples.generated(rule, 4)
     assert len(seen) > 1
     _check(seen, rule)
+    # Votes turn keys themselves: no copy of all keys is made in a step.
+    assert [any("turned_votes" in t for t in targets(gm)) for gm, _ in seen[1:]] == [rule == "tokenselect"] * len(
+        seen[1:]
+    )
     assert torch.equal(found.sequences, wanted.sequences)
     assert harness.difference(torch.stack(found.logits, 1), torch.stack(wanted.logits, 1)) <= 1e-4

@@ -243,6 +243,14 @@ def _votes(m: Maker) -> tuple[Any, ...]:
     return query[:, :, 0].float(), key, None, 4, 64
 
 
+def _turned_votes(m: Maker) -> tuple[Any, ...]:
+    """Of keys as if they all stood at the first position."""
+    query, key = _site(m, 1)
+    here = torch.arange(key.shape[2], device=m.device)[None]
+    frequencies = 1e4 ** -torch.linspace(0, 1, HEAD // 2, device=m.device)
+    return query[:, :, 0].float(), key, here, torch.zeros_like(here), frequencies, 0, False, None, 4, 64
+
+
 def _pair_scores(m: Maker) -> tuple[Any, ...]:
     """A quarter of the pairs, the same for each head of keys."""
     query, key = _site(m, 1)
@@ -313,6 +321,7 @@ WORKLOADS: dict[str, Workload] = {
     "received_by_sums": Workload(_received_by_sums, _all, bound="products"),
     "topk_mask": Workload(lambda m: (_scores(m), None, ROW // 4), _all),
     "turn_pairs": Workload(_turn, _all),
+    "turned_votes": Workload(_turned_votes, lambda args, results: held(*args[:3], *results)),
     "unturn_keys": Workload(_unturn, _all),
     "window_topk_mask": Workload(lambda m: (_scores(m), 128, 128, 8, 8, 64), _all),
 }

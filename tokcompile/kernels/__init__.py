@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "tokcompile.kernels":
     # Under the link at the top level of the repository the name is `kernels`, which transformers looks for when the
     # repository is on the path: nothing is registered then.
-    from . import attend_chosen, attend_with_sums, gather_many, mark_pack, received_by_sums  # noqa: F401  of several ops
+    from . import attend_chosen, attend_with_sums, gather_many, mark_pack, received_by_sums, turned_votes  # noqa: F401
     from ._library import define, joint_names, kernel_fault, kernel_names, kernel_op, names, reference_of
     from .add_tokens import add_tokens
     from .alike import alike

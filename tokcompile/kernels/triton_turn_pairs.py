@@ -71,7 +71,7 @@ def _strides(positions: Tensor) -> tuple[Any, Any, Any]:
 
 
 @triton.jit
-def _waves(positions, at, token, step, inside, frequency):
+def waves(positions, at, token, step, inside, frequency):
     """Cosines and sines [SIZE, PAIRS] of positions by frequencies, in float32 as a model rounds them."""
     angles = tl.load(positions + at + token * step, mask=inside, other=0).to(tl.float32)[:, None] * frequency[None, :]
     return tl.cos(angles), tl.sin(angles)
@@ -115,8 +115,8 @@ def _turn(
     frequency = tl.load(frequencies + row * frequencies_row + pair * frequencies_pair, mask=there_are, other=0).to(
         tl.float32
     )
-    cos_a, sin_a = _waves(here, row * here_row + begin * here_head, token, here_token, inside, frequency)
-    cos_b, sin_b = _waves(there, row * there_row + begin * there_head, token, there_token, inside, frequency)
+    cos_a, sin_a = waves(here, row * here_row + begin * here_head, token, here_token, inside, frequency)
+    cos_b, sin_b = waves(there, row * there_row + begin * there_head, token, there_token, inside, frequency)
     cos = cos_b * cos_a + sin_b * sin_a
     sin = sin_b * cos_a - cos_b * sin_a
     if NEIGHBOURS:

@@ -28,6 +28,7 @@ from tokcompile.errors import LowerError, known
 from tokcompile.kernels import _triton
 from tokcompile.lowering.fuseattends import fuse_attends
 from tokcompile.lowering.fusemarks import fuse_marks
+from tokcompile.lowering.fusevotes import fuse_votes
 from tokcompile.lowering.groupgathers import group_gathers
 from tokcompile.lowering.sharesums import KERNEL, kernel_arguments, share_sums, sharings
 
@@ -135,6 +136,7 @@ def choose_kernels(gm: GraphModule, how: str | None = None) -> list[Choice]:
     if not nodes:
         return choices
     fuse_attends(gm.graph, nodes)
+    fuse_votes(gm.graph, [node for node in nodes if not node._erased])
     fuse_marks(gm.graph, [node for node in nodes if not node._erased])
     share_sums(gm.graph, [node for node in nodes if not node._erased], chosen)
     nodes = [node for node in nodes if not node._erased]
