@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import oracles
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from launched import launched
 from torch import Tensor
 
-from tokcompile.kernels import _triton_tiles, kernel_fault
+from tokcompile.kernels import _triton_tiles, kernel_fault, triton_pair_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -97,9 +98,20 @@ def test_pair_scores(
                 return
             want[b] = (off / spread).sum(1)
     given_chosen = chosen if by_row else chosen[0]
-    got = launched("pair_scores", query, key, given_chosen, valid, start, pairs, neighbours)
+    # Of sectors of 0 bytes chosen numbers touch few, and are read alone; of 32, most.
+    with mock.patch.object(triton_pair_scores, "SECTOR", data.draw(st.sampled_from([0, 32]))):
+        got = launched("pair_scores", query, key, given_chosen, valid, start, pairs, neighbours)
     assert got.dtype == torch.float32 and got.is_contiguous()
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sector", [0, 32])
+def test_numbers_that_are_not_chosen_may_be_anything(sector: int) -> None:
+    query, key = torch.ones(1, 1, 8), torch.full((1, 1, 3, 8), torch.nan)
+    query[..., 0], query[..., 5], key[..., [1, 5]] = torch.inf, 3.0, 2.0
+    with mock.patch.object(triton_pair_scores, "SECTOR", sector):
+        got = launched("pair_scores", query, key, torch.ones(1, 1, dtype=torch.int64), None, 0, 4, False)
+    assert torch.equal(got, torch.full((1, 1, 3), 8.0))
 
 
 def test_equal_scores_are_zero() -> None:
