@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tokcompile.bench import kernelbench
+from tokcompile.bench.kernelbench import Result, Row
 from tokcompile.bench.kerneltargets import Figure, cells, targets
+from tokcompile.bench.kernelworkloads import WORKLOADS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, RESULTS = DOCS / "performance.md", DOCS / "gpu"
@@ -65,15 +70,18 @@ ENDS = (
         "up to 2.28 times faster (A100)",
     ),
 )
-PARTS = ("targets", "kernels", *(each.name for each in ENDS))
+KERNELS = tuple(f"kernels-{op}" for op in WORKLOADS)
+PARTS = ("targets", *KERNELS, *(each.name for each in ENDS))
+TABLE = "table.json"
+"""What was measured of kernels, for those that choose them."""
 
 
-def command(part: str, folder: Path) -> list[str]:
+def command(part: str) -> list[str]:
     """What measures a part."""
     if part == "targets":
         return ["bench", "--targets", "--json"]
-    if part == "kernels":
-        return ["bench", "--kernels", "--json", "--table", str(folder / "table.json")]
+    if part in KERNELS:
+        return ["bench", "--kernels", "--op", part.removeprefix("kernels-"), "--json"]
     end = next(each for each in ENDS if each.name == part)
     rounds = ("--rounds", "2") if "131072" in end.words else ()
     return ["bench", "--end-to-end", end.model, end.rule, *end.words, *rounds, "--json"]
@@ -81,15 +89,22 @@ def command(part: str, folder: Path) -> list[str]:
 
 def measure(part: str, folder: Path) -> dict[str, Any]:
     """Measure a part: what the command printed, with the day and the command; or why it failed."""
-    words, table = command(part, folder), folder / "table.json"
+    words, table = command(part), folder / TABLE
     own = {**os.environ, **({"TOKRED_KERNELS_TABLE": str(table)} if table.exists() else {})}
     done = subprocess.run([sys.executable, "-m", "tokcompile", *words], stdout=subprocess.PIPE, text=True, env=own)
     try:
         found = json.loads(done.stdout)
     except ValueError:
         found = {"ok": False, "error": f"the command ended with {done.returncode}"}
-    said = " ".join(word.replace(str(folder) + os.sep, "") for word in words)
-    return {**found, "date": str(date.today()), "command": f"tokred {said}"}
+    return {**found, "date": str(date.today()), "command": f"tokred {' '.join(words)}"}
+
+
+def write_table(folder: Path) -> None:
+    """Write which kernels won, for those that were measured."""
+    found = [each for part, each in results(folder).items() if part in KERNELS]
+    if found:
+        rows = [Row(**row) for each in found for row in each["rows"]]
+        kernelbench.write_table(Result(found[0]["device"], rows=rows), folder / TABLE)
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -103,7 +118,7 @@ def sections(found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Lines of each section of the page, by its name."""
     return {
         "targets": [*_when(found.get("targets")), *_targets(found.get("targets"))],
-        "kernels": [*_when(found.get("kernels")), *_kernels(found.get("kernels"))],
+        "kernels": list(_kernels([found[part] for part in KERNELS if part in found])),
         "models": [line for end in ENDS for line in _when(found.get(end.name), quiet=True)] + list(_ends(found)),
     }
 
@@ -140,12 +155,13 @@ def _targets(found: dict[str, Any] | None) -> Iterator[str]:
         yield _row(each.name, each.case, limit, here, "" if found is None else holds)
 
 
-def _kernels(found: dict[str, Any] | None) -> Iterator[str]:
-    if found is None:
+def _kernels(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from _when({**found[0], "command": "tokred bench --kernels"} if found else None)
+    if not found:
         return
     heads = ("kernel", "dtype", "MB moved", "ms", "reference / kernel", "of copy", "others / kernel")
     yield from (_row(*heads), "| --- | --- | ---: | ---: | ---: | ---: | --- |")
-    for row in found["rows"]:
+    for row in (row for each in found for row in each["rows"]):
         spent = row["kernel"]
         others = (
             f"{name} {'failed' if isinstance(other, str) else f'{other / spent:.2f}'}"
@@ -198,19 +214,22 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no part after so many")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept")
     parser.add_argument("--page", type=Path, default=PAGE)
     asked = parser.parse_args(given)
     asked.results.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
     for part in asked.only:
         path = asked.results / f"{part}.json"
-        if path.exists() and not asked.fresh:
+        if time.monotonic() - begin > asked.seconds or (path.exists() and not asked.fresh):
             continue
         found = measure(part, asked.results)
         if not found.get("ok", True):
             print(f"{part}: {found.get('error')}", file=sys.stderr, flush=True)
             continue
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_table(asked.results)
     page = asked.page.read_text(encoding="utf-8")
     asked.page.write_text(written(page, sections(results(asked.results))), encoding="utf-8")
 

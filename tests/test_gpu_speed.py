@@ -44,7 +44,7 @@ def test_what_is_not_measured_is_said() -> None:
 
 
 def test_figures_become_ratios() -> None:
-    made = gpu_speed.sections({"targets": TARGETS, "kernels": KERNELS, ENDS[0].name: end("replayed")})
+    made = gpu_speed.sections({"targets": TARGETS, "kernels-attend": KERNELS, ENDS[0].name: end("replayed")})
     assert "`tokred bench`, 2026-01-02, a GPU, torch 2.11." in made["targets"][0]
     assert "| a / b | 4 | at most 1.8 | 1.50 | yes |" in made["targets"]
     assert "| c / d | 5 | at least 8 | no memory | no |" in made["targets"]
@@ -63,15 +63,18 @@ def test_a_run_goes_on_where_one_stopped(tmp_path: Path, monkeypatch: pytest.Mon
 
     def measure(part: str, folder: Path) -> dict[str, object]:
         asked.append(part)
-        return TARGETS if part == "targets" else {"ok": False, "error": "no memory"}
+        return {"targets": TARGETS, "kernels-attend": KERNELS}.get(part, {"ok": False, "error": "no memory"})
 
     monkeypatch.setattr(gpu_speed, "measure", measure)
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
-    words = ["--results", str(tmp_path), "--page", str(page), "--only", "targets", "kernels"]
+    words = ["--results", str(tmp_path), "--page", str(page), "--only", "targets", "kernels-attend", ENDS[0].name]
+    gpu_speed.main([*words, "--seconds", "-1"])
+    assert asked == []
     gpu_speed.main(words)
     gpu_speed.main(words)
-    assert asked == ["targets", "kernels", "kernels"]
+    assert asked == ["targets", "kernels-attend", ENDS[0].name, ENDS[0].name]
+    assert json.loads((tmp_path / "table.json").read_text())["devices"] == {"a GPU": {"attend": {"bfloat16": 1}}}
     assert json.loads((tmp_path / "targets.json").read_text()) == TARGETS
     assert "| a / b | 4 | at most 1.8 | 1.50 | yes |" in page.read_text()
 
@@ -82,7 +85,7 @@ def test_parts_are_commands(tmp_path: Path) -> None:
         assert each.model.removeprefix("zoo:") in zoo.names()
         options = dict(word.split("=", 1) for word in each.words if "=" in word)
         load_rule(each.rule).bind(**options)
-    assert gpu_speed.command("kernels", tmp_path)[-1] == str(tmp_path / "table.json")
+    assert gpu_speed.command("kernels-attend")[2:4] == ["--op", "attend"]
     found = gpu_speed.measure("targets", tmp_path)
     assert "targets" in found or "there is none here" in json.dumps(found["error"])
     assert found["command"] == "tokred bench --targets --json"

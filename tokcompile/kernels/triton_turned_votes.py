@@ -17,7 +17,7 @@ from ._triton_gather import block, empty
 from .key_votes import candidates, check
 from .triton_turn_pairs import waves
 
-TILE = 2048
+TILE = 1024
 """Pairs of a tile of keys."""
 
 
