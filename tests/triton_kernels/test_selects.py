@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from drawn import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import launched, strided
@@ -94,6 +96,17 @@ def test_long_rows():
     long = scores(0, (1, 1500), torch.float32)
     same("topk_mask", long, None, 700)
     same("kept_indices", mask(0, (2, 5000)), 2100)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("among", [False, True])
+@pytest.mark.parametrize(("first", "last", "k"), [(1100, 300, 2000), (3, 9, 2), (0, 0, 1000), (0, 1, 5000)])
+def test_keys_that_stay_of_long_rows(padded, among, first, last, k):
+    """Rows of several pieces, whose ends, ties and slots are counted from one piece to the next."""
+    masks = [mask(4 * n, (1, 5000)) if given else None for n, given in enumerate((padded, among))]
+    found = scores(0, (1, 2, 5000), torch.float32)
+    found[:, 0] = made(1, 5000)
+    same("keep_keys", found, *masks, first, last, k)
 
 
 def test_rows_that_are_too_long_are_left_to_the_reference():
