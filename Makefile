@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test test-slow coverage scale speed bench-kv bench-export bench-gpu lint format train schema results sweep retrieval clean
+.PHONY: setup demo test test-slow coverage scale speed kernel-code bench-kv bench-export bench-gpu lint format train schema results sweep retrieval clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ scale: setup
 # Times a ViT-B/16 of 384 pixels with merged pairs and writes docs/speed.md; needs EXTRAS=demo,dev,timm and a quiet machine.
 speed: setup
 	$(BIN)/python tests/merge_speed.py
+
+# Compiles every Triton kernel with every tile for two GPUs and writes docs/kernel-code.md; needs no GPU, and about ten
+# minutes.
+kernel-code: setup
+	$(BIN)/python tests/machinecode_table.py
 
 # Times caches that rules shorten against full ones and against kvpress, which gets an environment of its own, and writes
 # docs/cache-speed.md; up to an hour on two cores, and a quiet machine.

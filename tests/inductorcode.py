@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import triton
-from gpucode import NoDriver
+from gpucompile import NoDriver
 from kernelcases import CASES, LONG_CASES
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple

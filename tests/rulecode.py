@@ -19,7 +19,7 @@ import oncuda
 import ruleexamples
 import torch
 import triton
-from gpucode import NoDriver
+from gpucompile import NoDriver
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule

@@ -129,8 +129,20 @@ def test_the_same_bits_twice() -> None:
     assert all(torch.equal(*each) for each in zip(one, other, strict=True))
 
 
+def test_rows_of_a_mask_begin_where_they_can_be_read_in_wide_pieces() -> None:
+    mask = made(0, 2, 1, 5, 7) > 0
+    for kind in (mask, mask.expand(2, 4, 5, 7), mask[:, :, :1], torch.cat([mask, mask], -1)[..., 2:9]):
+        wide = _triton_tiles.in_wide_rows(kind)
+        assert torch.equal(wide, kind)
+        assert all(stride % 16 == 0 for stride in wide.stride()[:-1]) and wide.stride(-1) == 1
+        assert wide.untyped_storage().nbytes() <= 2 * 5 * 16
+    # Nothing is gained, or can be.
+    for kind in (wide, torch.ones(2, 1, 5, 32), mask.mT, mask[..., :1].expand(mask.shape)):
+        assert _triton_tiles.in_wide_rows(kind) is kind
+
+
 def test_no_value_of_rows_by_keys_is_made(allocated: list[int]) -> None:
-    """A mask of one row, of all heads, is read where it is; all that is allocated is linear in the tokens."""
+    """A mask of one row serves all rows and heads; all that is allocated is linear in the tokens."""
     query, mask = torch.randn(1, 1, 150, 4), torch.ones(1, 1, 1, 150, dtype=torch.bool)
     kernel_op("attend_with_sums")(query, query, query, mask, SCALE, False)
     assert len(allocated) == 3 and max(allocated) == query.numel()

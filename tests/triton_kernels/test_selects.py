@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launched import launched, strided
@@ -103,6 +104,17 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton_select, "MOST", 16)
     monkeypatch.setattr(_triton_long_rows, "PART", 16)
     monkeypatch.setattr(_triton_long_rows, "LONG", 200)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("among", [False, True])
+@pytest.mark.parametrize(("first", "last", "k"), [(1100, 300, 2000), (3, 9, 2), (0, 0, 1000), (0, 1, 5000)])
+def test_keys_that_stay_of_rows_of_several_pieces(padded, among, first, last, k):
+    """Rows of several pieces, whose ends, ties and slots are counted from one piece to the next."""
+    masks = [mask(4 * n, (1, 5000)) if given else None for n, given in enumerate((padded, among))]
+    found = scores(0, (1, 2, 5000), torch.float32)
+    found[:, 0] = made(1, 5000)
+    same("keep_keys", found, *masks, first, last, k)
 
 
 LONG = st.sampled_from([17, 100, 128, 129, 203, 520])

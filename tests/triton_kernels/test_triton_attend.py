@@ -8,6 +8,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from drawn import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import launched, launched_by_name
@@ -117,6 +118,20 @@ def test_many_queries_are_several_tiles() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 50, 4), torch.randn(1, 1, 20, 4)
     case = {"query": query, "key": key, "value": key, "mask": None, "scale": 0.5, "softcap": 0.0, "sinks": None}
+    check(launched_by_name("attend", **case), attended(case), torch.float32)
+
+
+def test_rows_of_the_widest_floats_are_several_tiles() -> None:
+    """Where rows of half precision are one: a GPU has no room for them."""
+    assert [_triton_tiles.most_rows(depth, exact) for depth, exact in ((256, True), (128, True), (256, False))] == [
+        16,
+        64,
+        64,
+    ]
+    case = {"query": made(0, 1, 2, 20, 256), "key": made(1, 1, 2, 40, 256), "value": made(2, 1, 2, 40, 8)}
+    case |= {"mask": None, "scale": 0.06, "softcap": 0.0, "sinks": None}
+    check(launched_by_name("attend", **case), attended(case), torch.float32)
+    case |= {"value": made(2, 1, 2, 40, 256), "query": made(0, 1, 2, 20, 8), "key": made(1, 1, 2, 40, 8)}
     check(launched_by_name("attend", **case), attended(case), torch.float32)
 
 

@@ -95,10 +95,11 @@ def _joined(
     tl.store(out + at * OUT + broad, result.to(out.dtype.element_ty), mask=broad < OUT)
 
 
-_tuned = _triton_tiles.autotuned(
+_tuned = _triton_tiles.autotuned_by_dtype(
     _part,
     ("WIDE",),
     [(64, 4, 3), (128, 4, 2), (128, 8, 3), (32, 4, 3), (16, 4, 3)],
+    [(64, 4, 3), (32, 4, 3), (32, 8, 2), (16, 4, 3), (16, 4, 2), (16, 4, 1)],
     ("DEPTH", "OUT", "TALL", "MASK", "LISTED", "CAPPED"),
 )
 
@@ -130,7 +131,8 @@ def attended(
     keys = key.shape[2] if index is None else index.shape[2]
     width, group = value.shape[3], heads // planes
     rows = group * queries
-    tall = min(64, _triton_tiles.power_of_2(rows, 16))
+    exact, deep = query.dtype == torch.float32, _triton_tiles.width(depth)
+    tall = min(_triton_tiles.most_rows(max(deep, width), exact), _triton_tiles.power_of_2(rows, 16))
     grid = batch * planes * triton.cdiv(rows, tall)
     parts, part = _triton_tiles.parts_of(grid, keys)
     out = torch.empty((batch, heads, queries, width), dtype=value.dtype, device=value.device)
@@ -144,14 +146,14 @@ def attended(
     by, listed = query if sink is None else sink, query if index is None else index.contiguous()
     hidden = query if mask is None else mask.expand(batch, -1, queries, key.shape[2])
     broad = _triton_tiles.width(width)
-    wrap_triton(_tuned)[(grid * parts,)](
+    wrap_triton(_tuned[exact])[(grid * parts,)](
         query, key, value, hidden, listed, by, results, peaks, totals,
         *query.stride(), *key.stride(), *value.stride(), *hidden.stride(), listed.stride(0),
         0 if index is None or index.shape[1] == 1 else listed.stride(1), *by.stride()[:2],
         planes, group, planes // key.shape[1], 1 if mask is None else heads // mask.shape[1], queries, keys,
-        parts, part, scale, softcap, TALL=tall, DEPTH=depth, DEEP=_triton_tiles.width(depth), OUT=width, BROAD=broad,
+        parts, part, scale, softcap, TALL=tall, DEPTH=depth, DEEP=deep, OUT=width, BROAD=broad,
         MASK=_triton_tiles.mask_kind(mask), LISTED=index is not None, SINKS=sink is not None, CAPPED=softcap > 0,
-        EXACT=query.dtype == torch.float32, WHOLE=parts == 1,
+        EXACT=exact, WHOLE=parts == 1,
     )  # fmt: skip
     if parts > 1:
         wrap_triton(_joined)[(batch * planes * rows,)](

@@ -29,23 +29,33 @@ ALL_ROWS, MARKED_ROWS, PLACED_ROWS = range(3)
 """How rows are listed: `rows_at` of the passes reads it."""
 
 _KEY = ("DEPTH", "MASK", "LISTED", "CAUSAL", "CAPPED")
-_row_parts_of_many = _triton_tiles.autotuned(
+_row_parts_of_many = _triton_tiles.autotuned_by_dtype(
     passes.row_parts,
     ("TALL", "WIDE"),
     [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)],
+    [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 2), (16, 32, 4, 1)],
     _KEY,
 )
-_row_parts_of_few = _triton_tiles.autotuned(
-    passes.row_parts, ("WIDE",), [(128, 4, 3), (64, 4, 4), (64, 4, 2), (32, 4, 2)], (*_KEY, "TALL")
+_row_parts_of_few = _triton_tiles.autotuned_by_dtype(
+    passes.row_parts,
+    ("WIDE",),
+    [(128, 4, 3), (64, 4, 4), (64, 4, 2), (32, 4, 2)],
+    [(64, 4, 4), (64, 4, 2), (32, 4, 2), (16, 4, 2)],
+    (*_KEY, "TALL"),
 )
-_column_parts_of_many = _triton_tiles.autotuned(
+_column_parts_of_many = _triton_tiles.autotuned_by_dtype(
     passes.column_parts,
     ("WIDE", "TALL"),
     [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)],
+    [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2), (16, 32, 4, 1)],
     _KEY,
 )
-_column_parts_of_few = _triton_tiles.autotuned(
-    passes.column_parts, ("WIDE",), [(128, 4, 1), (64, 4, 1), (32, 4, 1)], (*_KEY, "TALL")
+_column_parts_of_few = _triton_tiles.autotuned_by_dtype(
+    passes.column_parts,
+    ("WIDE",),
+    [(128, 4, 1), (64, 4, 1), (32, 4, 1)],
+    [(64, 4, 1), (32, 4, 1), (16, 4, 1)],
+    (*_KEY, "TALL"),
 )
 _VECTOR = 64 if _triton_tiles.INTERPRETED else 256
 
@@ -79,15 +89,28 @@ class _Site:
     @property
     def tall(self) -> int | None:
         """Rows of a tile where one tile has them all; None where there are several, of the size that is fastest."""
-        return _triton_tiles.power_of_2(self.looked, 16) if self.looked <= FEW_ROWS else None
+        most = min(FEW_ROWS, _triton_tiles.most_rows(self.flags["DEEP"], bool(self.flags["EXACT"])))
+        return _triton_tiles.power_of_2(self.looked, 16) if self.looked <= most else None
 
-    def launch(self, many: Any, few: Any, cut: str, parts: tuple[int, int], *between: Tensor, **flags: bool) -> None:
-        """Run one of two kernels whose grid is the tiles along `cut`, for each part, of each head."""
+    def launch(
+        self,
+        many: Mapping[bool, Any],
+        few: Mapping[bool, Any],
+        cut: str,
+        parts: tuple[int, int],
+        *between: Tensor,
+        **flags: bool,
+    ) -> None:
+        """Run one of two kernels whose grid is the tiles along `cut`, for each part, of each head.
+
+        Args:
+            many, few: where there are several tiles of rows, and where one has them all; by whether they are EXACT.
+        """
         query, key, mask, tall = self.query, self.key, self.mask, self.tall
         length = self.looked if cut == "TALL" else key.shape[2]
         sizes = {} if tall is None else {"TALL": tall}
         heads = query.shape[1]
-        wrap_triton(many if tall is None else few)[
+        wrap_triton((many if tall is None else few)[bool(self.flags["EXACT"])])[
             lambda meta: (triton.cdiv(length, {**meta, **sizes}[cut]) * parts[0] * self.planes,)
         ](
             query, key, mask, self.rows, *between, *query.stride(), *key.stride(), *mask.stride(),
@@ -151,6 +174,8 @@ def _site(
 ) -> _Site:
     (batch, count, tokens, depth), keys = query.shape, key.shape[2]
     listed, chosen = list_of(rows, places)
+    if hidden is not None and listed == ALL_ROWS:
+        hidden = _triton_tiles.in_wide_rows(hidden)
     flags = {
         "DEPTH": depth,
         "DEEP": _triton_tiles.width(depth),

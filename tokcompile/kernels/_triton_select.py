@@ -65,14 +65,34 @@ def largest(keys, classes, k, CLASSES: tl.constexpr):
         keys: int32, from `sortable`; of tokens of class 0 they do not count.
         classes: int32 below CLASSES, -1 where there is no token.
     """
+    last, bound, spare = cut(keys, classes, k, CLASSES)
+    above, equal = beside(keys, classes, last, bound)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+
+
+@triton.jit
+def beside(keys, classes, last, bound):
+    """Which tokens come before one of class `last` and key `bound`, and which are its equals."""
+    keys = _counted(keys, classes, last)
+    return (classes > last) | (keys > bound), (classes == last) & (keys == bound)
+
+
+@triton.jit
+def _counted(keys, classes, last):
+    """Keys of tokens of class `last`, if keys count in it, LEAST of the others."""
+    return tl.where((classes == last) & (last > 0), keys, LEAST)
+
+
+@triton.jit
+def cut(keys, classes, k, CLASSES: tl.constexpr):
+    """Class and key of the last of the k that `largest` chooses, and how many of its equals are chosen."""
     # The class of the last one that is chosen, and how many of that class are.
     last = tl.sum(classes * 0)
     wanted = last + k
     for each in tl.static_range(1, CLASSES):
         last = tl.where(tl.sum((classes >= each).to(tl.int32)) >= k, each, last)
     wanted -= tl.sum((classes > last).to(tl.int32))
-    among = classes == last
-    keys = tl.where(among & (last > 0), keys, LEAST)
+    keys = _counted(keys, classes, last)
     # The key of the last one, bit by bit: what is not among them is LEAST, and every bound that is tried is above.
     bound = tl.sum(classes * 0) + LEAST
     bit = bound
@@ -81,6 +101,4 @@ def largest(keys, classes, k, CLASSES: tl.constexpr):
         higher = bound ^ bit
         bound = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= wanted, higher, bound)
         bit = (bit >> 1) & 0x7FFFFFFF
-    equal = among & (keys == bound)
-    spare = wanted - tl.sum((keys > bound).to(tl.int32))
-    return (classes > last) | (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+    return last, bound, wanted - tl.sum((keys > bound).to(tl.int32))

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import _attention, _triton
 
@@ -48,6 +49,40 @@ def autotuned(kernel: Any, names: Sequence[str], tiles: Sequence[tuple[int, ...]
         for *sizes, warps, stages in tiles
     ]
     return triton.autotune(configs=configs, key=list(key))(kernel)
+
+
+def autotuned_by_dtype(
+    kernel: Any,
+    names: Sequence[str],
+    half: Sequence[tuple[int, ...]],
+    single: Sequence[tuple[int, ...]],
+    key: Sequence[str],
+) -> dict[bool, Any]:
+    """`autotuned` by whether the kernel is EXACT: tiles of float32 take twice the memory and, for three products of
+    tensor cores in place of one, three times the registers. Those for half precision would spill thousands of bytes a
+    thread, and take a compiler minutes.
+    """
+    return {exact: autotuned(kernel, names, tiles, key) for exact, tiles in ((False, half), (True, single))}
+
+
+def most_rows(depth: int, exact: bool) -> int:
+    """Of a tile that holds all rows there are: a GPU with 99 KB of shared memory has room for it, and for keys."""
+    return 16 if exact and depth > 128 else 64
+
+
+def in_wide_rows(mask: Tensor) -> Tensor:
+    """A mask [..., Tk] whose rows begin at multiples of 16, as Triton wants them to read more than a number at a time.
+
+    It is a copy where rows begin elsewhere, or may: of a mask of 9,080 tokens, say. There each number would be read by
+    itself, from an address of its own, and for that many addresses a thread has no registers.
+    """
+    strides = mask.stride()
+    if strides[-1] != 1 or all(isinstance(each, int) and each % 16 == 0 for each in strides[:-1]):
+        return mask
+    # What is broadcast is copied once.
+    once = mask[tuple(slice(0, 1) if isinstance(each, int) and each == 0 else slice(None) for each in strides)]
+    keys = mask.shape[-1]
+    return pad(once, (0, -keys % 16))[..., :keys].expand(mask.shape)
 
 
 def unfit(query: Tensor, *others: Tensor) -> str | None:

@@ -83,7 +83,7 @@ def _rows(
     tl.store(peaks + plane * count + row, peak, mask=real)
 
 
-_tuned = _triton_tiles.autotuned(
+_tuned = _triton_tiles.autotuned_by_dtype(
     _rows,
     ("TALL", "WIDE"),
     [
@@ -94,9 +94,9 @@ _tuned = _triton_tiles.autotuned(
         (64, 64, 8, 2),
         (64, 32, 8, 2),
         (32, 32, 4, 1),
-        # Heads of 256 floats leave room for little else.
-        (16, 16, 4, 1),
     ],
+    # Heads of 256 floats leave room for little: the last.
+    [(128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2), (16, 32, 4, 2), (16, 16, 8, 1)],
     ("DEPTH", "OUT", "MASK", "CAUSAL", "CAPPED"),
 )
 
@@ -116,20 +116,24 @@ def launch(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the reference computes, with its arguments, results and errors; memory is linear in tokens."""
+    """What the reference computes, with its arguments, results and errors.
+
+    Memory is linear in tokens, but for a mask that `in_wide_rows` copies.
+    """
     hidden = check(query, key, value, mask)
     (batch, heads, count, depth), (shared, keys, width) = query.shape, value.shape[1:]
-    hidden = query if hidden is None else hidden.expand(batch, heads, count, keys)
+    hidden = query if hidden is None else _triton_tiles.in_wide_rows(hidden).expand(batch, heads, count, keys)
     sink = _attention.sinks_by_row(sinks, batch, heads)
     by = query if sink is None else sink
+    exact = query.dtype == torch.float32
     out = torch.empty((batch, count, heads, width), dtype=value.dtype, device=value.device)
     sums, peaks = (torch.empty((batch, heads, count), dtype=torch.float32, device=query.device) for _ in range(2))
-    wrap_triton(_tuned)[lambda meta: (triton.cdiv(count, meta["TALL"]) * batch * heads,)](
+    wrap_triton(_tuned[exact])[lambda meta: (triton.cdiv(count, meta["TALL"]) * batch * heads,)](
         query, key, value, hidden, by, out, sums, peaks,
         *query.stride(), *key.stride(), *value.stride(), *hidden.stride(), *by.stride()[:2],
         heads, heads // shared, count, keys, scale, softcap,
         DEPTH=depth, DEEP=_triton_tiles.width(depth), OUT=width, BROAD=_triton_tiles.width(width),
         MASK=_triton_tiles.mask_kind(mask), CAUSAL=is_causal, SINKS=sink is not None, CAPPED=softcap > 0,
-        EXACT=query.dtype == torch.float32,
+        EXACT=exact,
     )  # fmt: skip
     return out, sums, peaks

@@ -14,7 +14,7 @@ from ._triton_gather import block, empty
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
-TILE = 2048
+TILE = 1024
 
 
 def supports(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: int, neighbours: bool) -> str | None:
