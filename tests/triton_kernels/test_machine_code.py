@@ -34,9 +34,14 @@ PRODUCTS = {
     ("received_by_sums", "column_parts"),
 }
 """Kernels that multiply matrices. Others multiply, too: too few rows at a time, or numbers of their own."""
-SPILLS = {"3.6": {("topk_mask", "_mark", "float32", 80): 8, ("mark_pack", "_pack", "bfloat16", 90): 8}}
-"""By release of Triton and by kernel: bytes that even the best tile spills at most. Later releases need none."""
-ARRAYS = {"_turn": 32}
+_ANGLES = {("turned_votes", "_logits", *which): 16 for which in [("bfloat16", 80), ("bfloat16", 90), ("float32", 90)]}
+SPILLS = {
+    "3.6": {("topk_mask", "_mark", "float32", 80): 8, ("mark_pack", "_pack", "bfloat16", 90): 8, **_ANGLES},
+    "3.7": _ANGLES,
+}
+"""By release of Triton and by kernel: bytes that even the best tile spills at most. Those of angles are computed once a
+program, before it goes through the heads."""
+ARRAYS = {"_turn": 32, "_logits": 32}
 """Bytes of arrays: the sine of an angle that is very large multiplies it by hundreds of bits of 1 / pi."""
 
 PTX = """
