@@ -12,6 +12,7 @@ import fleet
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from graphs import calls, traced
 from harness import difference
 from torch import Tensor
@@ -30,6 +31,8 @@ from tokcompile.verify import verify
 
 aten = torch.ops.aten
 GOLDEN = Path(__file__).parents[1] / "golden"
+WRITTEN_UNDER = "5.23"
+"""The transformers whose graphs are in `GOLDEN`."""
 
 
 # What each rule changes, line by line.
@@ -84,6 +87,10 @@ GOLDENS = {
 }
 
 
+@pytest.mark.skipif(
+    not transformers.__version__.startswith(f"{WRITTEN_UNDER}."),
+    reason=f"transformers {WRITTEN_UNDER}, of which the texts are, makes rotary tables and heads by other operators",
+)
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_rule_changes_the_lines_of_its_golden_text(name: str) -> None:
     """TOKRED_REGENERATE=1 writes the text anew; read the difference before it is committed."""
