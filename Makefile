@@ -2,12 +2,15 @@
 #   PYTHON    which Python makes the environment
 #   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
 #   JOBS      test processes at a time
+#   CONSTRAINTS  which versions are installed; constraints-lowest.txt has the oldest that are supported, and gets an
+#             environment of its own: make test CONSTRAINTS=constraints-lowest.txt
 #   EXTRAS    what is installed beside the package; demo,dev,tensorrt,openvino,timm has the families of timm tested, too
 PYTHON ?= python3
 PIP_ARGS ?=
 EXTRAS ?= demo,dev,tensorrt,openvino
 JOBS ?= 2
-VENV := .venv
+CONSTRAINTS ?= constraints.txt
+VENV := .venv$(patsubst constraints%.txt,%,$(CONSTRAINTS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
@@ -15,10 +18,10 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokcompile needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup

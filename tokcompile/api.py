@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokcompile.binding import RuleInstance
-from tokcompile.capturing import attention, imagesizes
+from tokcompile.capturing import attention, imagesizes, oldertorch
 from tokcompile.capturing.batchwise import whole_batches
 from tokcompile.capturing.capture import from_export
 from tokcompile.capturing.dynamo import install_hooks, know_caches, prepare
@@ -171,6 +171,7 @@ def export(
         inputs: keyword arguments of its forward. The program takes `precompute(model, inputs)`.
         dynamic_shapes: as for torch.export.export, for those.
     """
+    oldertorch.mend()
     install_hooks(model.modules())
     know_caches(model)
     rows = nullcontext() if dynamic_shapes is None else whole_batches()

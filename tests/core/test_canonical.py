@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -124,3 +125,43 @@ def test_a_value_split_and_joined_again_is_itself(turned: bool, gone: bool) -> N
     assert torch.equal(ran(program, inputs), model(**inputs))
     if gone:
         assert program.output.args[0][0].meta["val"].shape == inputs["x"].shape
+
+
+def looked_up(h: Tensor, mask: Tensor, features: Tensor, each: int = 2, first: int = 0, step: int = 1) -> Tensor:
+    """Each token under a mask looks up the feature of its image and its place in it, `each` tokens to an image."""
+    earlier = nn.functional.pad((mask.sum(dim=1) // 2).cumsum(dim=0), (1, 0), value=first)[:-1]
+    so_far = mask.cumsum(dim=-1)
+    image, place = earlier.unsqueeze(1) + (so_far - step) // each, (so_far - 1) % each
+    put = torch.zeros_like(h)
+    put[mask] = features[image[mask], place[mask], :]
+    return torch.where(mask.unsqueeze(-1), put, h)
+
+
+def looked_up_among_others(h: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+    """The rest is of another text."""
+    return torch.where(mask.unsqueeze(-1), looked_up(h, mask, features), h * 2)
+
+
+def with_images(rows: int = ROWS) -> dict[str, Tensor]:
+    mask = torch.tensor([[False, True, True, False, False, False], [True, True, False, True, True, False]])[:rows]
+    return example() | {"mask": mask, "features": torch.randn(6, 2, WIDTH, generator=torch.Generator().manual_seed(1))}
+
+
+def test_features_that_are_looked_up_one_after_the_other_are_scattered() -> None:
+    model, inputs = Model(looked_up), with_images()
+    (program,) = capture(model, inputs)
+    assert "aten.masked_scatter.default" in targets(program)
+    gone = {"aten.index.Tensor", "aten.index_put_.default", "aten.cumsum.default", "aten.where.self"}
+    assert not gone & targets(program)
+    assert torch.equal(bits(ran(program, inputs)), bits(model(**inputs)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [partial(looked_up, each=1), partial(looked_up, first=1), partial(looked_up, step=0), looked_up_among_others],
+    ids=["of one", "from the second image", "from the next image", "among others"],
+)
+def test_features_that_are_looked_up_otherwise_stay(function: Callable[..., Tensor]) -> None:
+    model, inputs = Model(function), with_images()
+    (program,) = capture(model, inputs)
+    assert ("aten.where.self" in targets(program)) and torch.equal(bits(ran(program, inputs)), bits(model(**inputs)))

@@ -100,6 +100,15 @@ def test_a_module_that_is_missing_is_an_error_with_a_remedy() -> None:
     assert "pip install no_such_module" in error.value.remedy
 
 
+def test_a_family_that_this_transformers_lacks_is_an_error_that_asks_for_a_newer_one() -> None:
+    needs = "transformers.models.no_such_model"
+    one = Family(name="one", kind="vlm", auto="AutoModelForImageTextToText", inputs="image_tokens", needs=needs)
+    with pytest.raises(TokredError, match=f"'one' needs {needs}") as error:
+        one.build()
+    assert error.value.remedy.startswith("pip install --upgrade transformers; ")
+    assert error.value.remedy.endswith(" has no models.no_such_model")
+
+
 def test_a_model_of_timm_is_made_by_its_type_and_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, object]]] = []
 

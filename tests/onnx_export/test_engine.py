@@ -51,7 +51,6 @@ def built(model: nn.Module, inputs: dict[str, Tensor], folder: Path, rule: str, 
     return engine
 
 
-needs_open_lengths = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch cannot prove an open length")
 ROWS = {name: {0: "batch"} for name in ("input_ids", "attention_mask")}
 DEMO: dict[str, dict[str, Any]] = {
     "hiprune": {"keep": 65},
@@ -113,9 +112,7 @@ def test_open_rows_and_the_steps_after_a_prompt(tmp_path: Path) -> None:
     ("given", "error", "why"),
     [
         ({"arch": "sm70"}, LowerError, "knows no architecture 'sm70'"),
-        pytest.param(
-            {"arch": "sm89", "dynamic": True}, LowerError, "TopK of an open number of values", marks=needs_open_lengths
-        ),
+        pytest.param({"arch": "sm89", "dynamic": True}, LowerError, "TopK of an open number of values"),
         ({"arch": "sm89", "dynamic": ROWS}, LowerError, "no range of batch"),
         ({"arch": "sm89", "dynamic": ROWS, "ranges": {"batch": (3, 2, 4)}}, LowerError, "least, usual and greatest"),
         ({"arch": "sm89", "dynamic": {"pixels": {0: "batch"}}}, CaptureError, "no input 'pixels'"),

@@ -125,7 +125,6 @@ def small() -> nn.Module:
     return families.llava(fleet.VISION, fleet.TEXT | {"num_hidden_layers": 2}, image_token_index=fleet.IMAGE).eval()
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch cannot prove what an open length of LLaVA needs")
 def test_a_file_of_open_sizes_says_what_a_compiled_model_says(tmp_path: Path) -> None:
     model = small()
     given = {"rule": "fastv", "layer": 1, "keep": "1/3"}

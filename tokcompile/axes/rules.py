@@ -197,6 +197,7 @@ _register(
     pointwise,
     "where",
     "masked_fill",
+    "masked_fill_",
     "dropout",
     "clamp",
     "pow",

@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 
 from tokcompile.axes.atoms import same, size_of
 from tokcompile.axes.context import is_empty
+from tokcompile.capturing.blocksplice import scatter_blocks
 from tokcompile.capturing.maskedadd import PUTS, sum_under_mask
 from tokcompile.capturing.rejoin import rejoin
 
@@ -27,8 +28,8 @@ _BUFFERS = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.de
 def canonicalise(graph: Graph) -> int:
     """Remove casts, slices and concatenations that return their input, and constants nobody reads.
 
-    A buffer that is filled part by part becomes the concatenation that it is, and rows that are increased under a mask
-    become a sum.
+    A buffer that is filled part by part becomes the concatenation that it is, rows that are increased under a mask
+    become a sum, and features that are looked up for each of a text's image tokens are scattered.
 
     Returns:
         How many nodes were removed. Results of the graph stay bit-for-bit the same.
@@ -42,6 +43,8 @@ def canonicalise(graph: Graph) -> int:
             continue
         if node.target in PUTS:
             sum_under_mask(graph, node)
+            continue
+        if node.target is aten.where.self and scatter_blocks(graph, node):
             continue
         if node.target is aten.cat.default and rejoin(graph, node):
             continue

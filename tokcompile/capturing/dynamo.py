@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tokcompile.capturing import oldertorch
+
 _FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 _defaults = {name: getattr(torch._dynamo.config, name) for name in _FLAGS}
 _CONSTANT_CALLS_TAKE_MODULES = "2.13"  # torch.__version__ compares as a version
@@ -33,6 +35,8 @@ def prepare() -> None:
     _install_hooks_while_tracing()
     _keep_vision_in_forward()
     _count_sizes_as_numbers()
+    oldertorch.mend()
+    _copy_configurations()
 
 
 def without_flags() -> AbstractContextManager[None]:
@@ -104,6 +108,15 @@ def _installs_hooks(model: torch.nn.Module) -> bool:
             return True
         call = getattr(call, "__wrapped__", None)
     return False
+
+
+def _copy_configurations() -> None:
+    """Let older PyTorch trace the copies that models of an encoder and a decoder make of their configuration."""
+    base = getattr(optional("transformers"), "PreTrainedConfig", None)
+    if base is not None and torch.__version__ < oldertorch.NEW_ENOUGH:
+        from tokcompile.capturing import oldercopies  # of parts of Dynamo that newer versions need not have
+
+        oldercopies.copy_while_tracing(base)
 
 
 def know_caches(model: torch.nn.Module) -> None:

@@ -13,6 +13,8 @@ from copy import deepcopy
 from fnmatch import fnmatch
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +86,7 @@ class Family(BaseModel):
         videos: how it takes videos; none if it does not, or as images alone.
         fill: values of parameters, by a pattern of their names, such as of gates that are closed at the start.
         attributes: values of attributes, for every module that has one of that name.
-        needs: the module that it needs beside transformers.
+        needs: the module that it needs beside transformers, or one of transformers that not every version has.
         about: what is special about it.
     """
 
@@ -118,7 +120,7 @@ class Family(BaseModel):
             raise TokredError(
                 f"the family '{self.name}' needs {needs}, which cannot be imported",
                 found=str(error),
-                remedy=f"pip install {needs}; all that comes with it must be built for torch {torch.__version__}",
+                remedy=_remedy(needs),
             ) from error
         # A bias that a library leaves as torch drew it is to be the same for the same seed, too.
         with torch.random.fork_rng(devices=[]):
@@ -195,6 +197,14 @@ class Family(BaseModel):
                 remedy="images=0",
             )
         return VIDEOS[self.videos.inputs](model, **given, videos=videos, **self.videos.options)
+
+
+def _remedy(needs: str) -> str:
+    """What to do about a module that cannot be imported."""
+    package, _, part = needs.partition(".")
+    if part and find_spec(package) is not None:
+        return f"pip install --upgrade {package}; {version(package)} has no {part}"
+    return f"pip install {package}; all that comes with it must be built for torch {torch.__version__}"
 
 
 @cache
