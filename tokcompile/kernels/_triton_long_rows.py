@@ -17,9 +17,7 @@ from ._triton import wrap_triton
 from ._triton_select import sortable
 
 DIGITS = ((26, 512), (17, 512), (8, 512), (0, 256))
-"""Of a key of 35 bits, from the highest: how far it is shifted, and how many values it has."""
-CLASSES = 8
-"""What the three highest bits of a key can hold."""
+"""Of a key of 35 bits, three of them for the class, from the highest: how far it is shifted, how many values it has."""
 PART = 4096
 """Tokens that a program reads at a time."""
 FEW, MANY, LONG = 8, 32, 65536
@@ -31,7 +29,7 @@ def select(scores: Tensor, classes: Tensor | None, first: Any, last: Any, k: Any
 
     Args:
         scores: [B, H, T], compared as float32; of tokens of class 0 they do not count.
-        classes: [B, T], bool or int8 below CLASSES; None: the first and the last so many tokens are of class 2, others
+        classes: [B, T], bool or int8 from 0 to 7; None: the first and the last so many tokens are of class 2, others
             of class 1.
         first, last: static or symbolic.
         k: static or symbolic, at most T.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -41,7 +42,8 @@ def _fits(graph: Graph, node: Node, nodes: Collection[Node]) -> bool:
     return not any(changes_a_value(each) for each in order[order.index(turned) : order.index(node)])
 
 
-def _arguments(node: Node) -> tuple:
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """What the kernel takes in the place of votes and of the turn before them."""
     query, turned, *how = node.args
     return query, *turned.args, *how
 
