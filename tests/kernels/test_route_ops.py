@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import routed
@@ -102,6 +103,41 @@ def test_turning_is_the_rotation_of_the_difference(seed: int, neighbours: bool, 
         torch.testing.assert_close(
             got[row, head, token].double(), layout.turn(x[row, head, token], by), rtol=0, atol=1e-5
         )
+
+
+@few
+@given(seed=SEEDS, neighbours=st.booleans(), to_one=st.booleans())
+def test_each_coordinate_turns_pairs_of_its_own(seed: int, neighbours: bool, to_one: bool) -> None:
+    """As if each pair were turned alone, by the position that is its own."""
+    frequencies, coordinate = torch.tensor([1.0, 0.3, 0.1, 0.02]), [0, 2, 1, 2]
+    x, here = floats(seed, 2, 3, 5, 8), whole(seed + 1, 2, 1, 5, 3)
+    there = whole(seed + 2, 2, 5) if to_one else whole(seed + 2, 1, 1, 5, 3)
+    got = ops.turn_pairs(x, here, there, frequencies, 0, neighbours, coordinate)
+    for pair, own in enumerate(coordinate):
+        both = [2 * pair, 2 * pair + 1] if neighbours else [pair, pair + 4]
+        to = there if to_one else there[..., own]
+        alone = ops.turn_pairs(x[..., both], here[..., own], to, frequencies[pair : pair + 1], 0, False)
+        torch.testing.assert_close(got[..., both], alone, rtol=0, atol=1e-6)
+
+
+def whole(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "coordinate", "said"),
+    [
+        ((1, 1, 5, 3), (1, 5), None, "must be .B, T. or .B, H, T., not"),
+        ((1, 1, 5, 3), (1, 1, 5, 2), 2, "3 coordinates here and 2 there"),
+        ((1, 1, 5, 3), (1, 5), 3, "for each of 2 pairs"),
+        ((5,), (1, 5), 2, "B, H, T, A"),
+        ((1, 1, 5, 1), (1, 5), 2, "coordinates up to 1, and tokens have 1"),
+    ],
+)
+def test_positions_that_do_not_fit_are_refused(here: Any, there: Any, coordinate: int | None, said: str) -> None:
+    given = None if coordinate is None else list(range(coordinate))
+    with pytest.raises(ValueError, match=said):
+        ops.turn_pairs(floats(0, 1, 2, 5, 4), torch.ones(here), torch.ones(there), torch.ones(2), 0, False, given)
 
 
 def test_turning_far_back_is_exact() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import launched, strided
 
-from tokcompile.kernels import reference_of
+from tokcompile.kernels import kernel_fault, reference_of
 from tokcompile.kernels._library import kernel_reference
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -118,11 +118,52 @@ def test_pairs_are_turned_as_in_float64(dtype, head, neighbours, rows, own, whol
     assert torch.equal(found[..., start + 2 * pairs :], x[..., start + 2 * pairs :])
 
 
+@settings(max_examples=25)
+@given(
+    DTYPES,
+    st.sampled_from([(8, 3, 1), (128, 64, 0), (80, 16, 40), (512, 256, 0)]),
+    st.booleans(),
+    st.sampled_from([(2, 1), (1, 1), (2, 3), (1, 3)]),
+    st.sampled_from([(2,), (1,), (2, 3), (2, 1, "several")]),
+    st.sampled_from([1, 3, 4]),
+    KINDS,
+    SEEDS,
+)
+def test_pairs_of_several_coordinates_are_turned_as_in_float64(
+    dtype, head, neighbours, rows, others, several, kind, seed
+):
+    """Sections side by side, pairs in turn, or any order; to as many coordinates, or one position for all of them."""
+    width, pairs, start = head
+    x = strided(values(seed, 2, 3, 5, width).to(dtype), kind)
+    here = strided((values(seed + 1, *rows, 5, several) * 50).round().long(), kind)
+    of_all = others[-1] != "several"
+    there = values(seed + 2, *others, 5) * 50 if of_all else values(seed + 2, *others[:-1], 5, several) * 50
+    places = torch.arange(pairs)
+    coordinate = [places * several // pairs, places % several, places.flip(0) * 7 % several][seed % 3].tolist()
+    frequencies = values(seed + 3, pairs).abs()
+    found = launched("turn_pairs", x, here, there, frequencies, start, neighbours, coordinate)
+    assert found.dtype == dtype
+    there = there if there.dim() != 2 else there[:, None]
+    back = here.double()[..., coordinate] - (there[..., None] if of_all else there[..., coordinate]).double()
+    wanted = _turned(x.double(), back, frequencies.double(), start, neighbours)
+    rounding = 8 * 150 * 2**-23 + EPSILON[dtype] * wanted.abs()
+    assert ((found.double() - wanted).abs() <= rounding).all()
+    assert torch.equal(found[..., :start], x[..., :start])
+    assert torch.equal(found[..., start + 2 * pairs :], x[..., start + 2 * pairs :])
+
+
+def test_more_coordinates_than_two_bits_tell_are_left_to_the_reference():
+    x, positions, frequencies = values(0, 1, 2, 3, 10), torch.ones(1, 1, 3, 5), torch.ones(5)
+    assert kernel_fault("turn_pairs", (x, positions, positions, frequencies, 0, False, [0, 1, 2, 3, 3])) is None
+    found = kernel_fault("turn_pairs", (x, positions, positions, frequencies, 0, False, [0, 1, 2, 3, 4]))
+    assert found == "tokens of 5 positions; at most 4"
+
+
 def _turned(x, back, frequencies, start, neighbours):
-    """By complex numbers, in float64."""
+    """By complex numbers, in float64; back by one position of each token, or by one of each of its pairs."""
     back = back[:, None] if back.dim() == 2 else back
     pairs = frequencies.shape[-1]
-    angles = -back[..., None] * frequencies.reshape(-1, 1, 1, pairs)
+    angles = -(back if back.dim() == 4 else back[..., None]) * frequencies.reshape(-1, 1, 1, pairs)
     places = torch.arange(pairs)
     one, two = (start + 2 * places, start + 2 * places + 1) if neighbours else (start + places, start + places + pairs)
     turned = torch.complex(x[..., one], x[..., two]) * torch.polar(torch.ones_like(angles), angles)

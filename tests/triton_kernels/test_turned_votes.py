@@ -22,7 +22,9 @@ SIZES = st.sampled_from([(1, 1, 8, 4, 0), (2, 3, 20, 8, 0), (1, 4, 70, 12, 4), (
 """Heads of keys, query heads for each, tokens, numbers of a head, and of these that are not turned."""
 
 
-def case(size: tuple[int, ...], seed: int, dtype: torch.dtype, neighbours: bool, padded: bool) -> list[Any]:
+def case(
+    size: tuple[int, ...], seed: int, dtype: torch.dtype, neighbours: bool, padded: bool, several: bool = False
+) -> list[Any]:
     heads, group, tokens, width, rest = size
     draw = torch.Generator().manual_seed(seed)
     here = torch.randint(0, 3000, (2, tokens), generator=draw)
@@ -32,13 +34,16 @@ def case(size: tuple[int, ...], seed: int, dtype: torch.dtype, neighbours: bool,
     key = strided(made(seed + 1, 2, heads, tokens, width).to(dtype), seed % 3)
     pairs = (width - rest) // 2
     frequencies = made(seed + 2, 2, pairs).abs() if seed % 3 else made(seed + 2, pairs).abs()
-    return [query, key, here, there, frequencies, rest // 2, neighbours, valid, seed % 4, seed % 5]
+    coordinate = torch.randint(0, 3, (pairs,), generator=draw).tolist() if several else None
+    if several:
+        here = torch.randint(0, 3000, (2, 1, tokens, 3), generator=draw)
+    return [query, key, here, there, frequencies, rest // 2, neighbours, coordinate, valid, seed % 4, seed % 5]
 
 
 @settings(max_examples=25)
-@given(SIZES, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), st.booleans())
-def test_votes_are_those_for_keys_that_were_turned(size, seed, dtype, neighbours, padded):
-    args = case(size, seed, dtype, neighbours, padded)
+@given(SIZES, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]), *[st.booleans()] * 3)
+def test_votes_are_those_for_keys_that_were_turned(size, seed, dtype, neighbours, padded, several):
+    args = case(size, seed, dtype, neighbours, padded, several)
     found, wanted = launched("turned_votes", *args), kernel_reference("turned_votes")(*args)
     # A key that rounds otherwise is off by one in its last place; the interpreter cuts where a GPU rounds.
     near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
@@ -79,8 +84,15 @@ def own_positions(query: Tensor, key: Tensor, here: Tensor, frequencies: Tensor)
     return ops.key_votes(query, turned, None, 1, 2)
 
 
-def test_keys_are_turned_where_they_are_read() -> None:
-    called = oncuda.lowered(alone, VALUES)
+def of_coordinates(query: Tensor, key: Tensor, here: Tensor, frequencies: Tensor) -> Tensor:
+    each = torch.stack([here, here.flip(1)], -1)[:, None]
+    turned = ops.turn_pairs(key, each, torch.zeros_like(here), frequencies, 0, False, [0, 1, 1, 0])
+    return ops.key_votes(query, turned, None, 1, 2)
+
+
+@pytest.mark.parametrize("step", [alone, of_coordinates])
+def test_keys_are_turned_where_they_are_read(step: Any) -> None:
+    called = oncuda.lowered(step, VALUES)
     assert called.count("tokred_triton::turned_votes") == 1
     assert not [name for name in called if "turn_pairs" in name or "key_votes" in name]
 

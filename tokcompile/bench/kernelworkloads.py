@@ -248,7 +248,7 @@ def _turned_votes(m: Maker) -> tuple[Any, ...]:
     query, key = _site(m, 1)
     here = torch.arange(key.shape[2], device=m.device)[None]
     frequencies = 1e4 ** -torch.linspace(0, 1, HEAD // 2, device=m.device)
-    return query[:, :, 0].float(), key, here, torch.zeros_like(here), frequencies, 0, False, None, 4, 64
+    return query[:, :, 0].float(), key, here, torch.zeros_like(here), frequencies, 0, False, None, None, 4, 64
 
 
 def _pair_scores(m: Maker) -> tuple[Any, ...]:

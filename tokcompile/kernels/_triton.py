@@ -45,6 +45,7 @@ _ANNOTATIONS: dict[str, Any] = {
     "Optional[float]": Optional[float],  # noqa: UP045
     "List[int]": Sequence[int],
     "List[float]": Sequence[float],
+    "Optional[List[int]]": Optional[Sequence[int]],  # noqa: UP045
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,23 +12,45 @@ from torch import Tensor
 
 from ._triton import wrap_triton
 from ._triton_gather import block, empty
+from .turn_pairs import check
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
 TILE = 1024
+COORDINATES, IN_A_WORD = 4, 32
+"""Which coordinate turns a pair takes two bits: so many pairs are told of by a word of 64."""
 
 
-def supports(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: int, neighbours: bool) -> str | None:
+def supports(
+    x: Tensor,
+    here: Tensor,
+    there: Tensor,
+    frequencies: Tensor,
+    start: int,
+    neighbours: bool,
+    coordinate: Sequence[int] | None = None,
+) -> str | None:
     """Why the kernel cannot run on these arguments; None when it can."""
     del here, there, start, neighbours
     if x.dtype not in DTYPES:
         return f"no kernel turns {x.dtype}"
+    if coordinate is not None and max(coordinate, default=0) >= COORDINATES:
+        return f"tokens of {max(coordinate) + 1} positions; at most {COORDINATES}"
     return None if frequencies.shape[-1] <= WIDEST else f"{frequencies.shape[-1]} pairs of a head; at most {WIDEST}"
 
 
-def launch(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: int, neighbours: bool) -> Tensor:
+def launch(
+    x: Tensor,
+    here: Tensor,
+    there: Tensor,
+    frequencies: Tensor,
+    start: int,
+    neighbours: bool,
+    coordinate: Sequence[int] | None = None,
+) -> Tensor:
     """As the reference; contiguous."""
     batch, heads, tokens, width = x.shape
+    check(here, there, frequencies, coordinate)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if empty(x.shape):
         return out
@@ -35,8 +58,7 @@ def launch(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: i
     of_pairs = block(pairs, WIDEST)
     size = block(tokens, TILE // of_pairs)
     # Heads that have positions of their own are turned by programs of their own.
-    apart = any(each.dim() == 3 and each.shape[1] != 1 for each in (here, there))
-    per_row = frequencies.dim() == 2 and frequencies.shape[0] != 1
+    apart = any(each.dim() > 2 and each.shape[1] != 1 for each in (here, there))
     grid = (triton.cdiv(tokens, size), heads if apart else 1, batch)
     wrap_triton(_turn)[grid](
         x,
@@ -45,16 +67,15 @@ def launch(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: i
         frequencies,
         out,
         *x.stride(),
-        *_strides(here),
-        *_strides(there),
-        frequencies.stride(0) if per_row else 0,
-        frequencies.stride(-1),
+        *steps(here),
+        *steps(there),
         1 if apart else heads,
         heads,
         tokens,
         width,
         pairs,
         start,
+        **words(here, there, frequencies, coordinate),
         NEIGHBOURS=neighbours,
         SIZE=size,
         PAIRS=of_pairs,
@@ -63,17 +84,74 @@ def launch(x: Tensor, here: Tensor, there: Tensor, frequencies: Tensor, start: i
     return out
 
 
-def _strides(positions: Tensor) -> tuple[Any, Any, Any]:
-    """Of rows, heads and tokens; 0 where one stands for all."""
+def steps(positions: Tensor) -> tuple[Any, ...]:
+    """Of rows, heads, tokens and coordinates; 0 where one stands for all."""
     positions = positions.unsqueeze(1) if positions.dim() == 2 else positions
     own = [0 if positions.shape[d] == 1 else positions.stride(d) for d in (0, 1)]
-    return own[0], own[1], positions.stride(2)
+    return *own, positions.stride(2), positions.stride(3) if positions.dim() == 4 else 0
+
+
+def words(here: Tensor, there: Tensor, frequencies: Tensor, coordinate: Sequence[int] | None) -> dict[str, Any]:
+    """What `turning` is told beside the tensors, by name."""
+    per_row = frequencies.dim() == 2 and frequencies.shape[0] != 1
+    several = [each.dim() == 4 for each in (here, there)]
+    return {
+        "frequencies_row": frequencies.stride(0) if per_row else 0,
+        "frequencies_pair": frequencies.stride(-1),
+        **_packed(coordinate or ()),
+        "HERE": several[0],
+        "THERE": several[1],
+    }
+
+
+def _packed(coordinate: Sequence[int]) -> dict[str, int]:
+    """The coordinates of all pairs as words by name, which a kernel is given as it is given sizes."""
+    found = {}
+    for word in range(WIDEST // IN_A_WORD):
+        bits = sum(own << 2 * place for place, own in enumerate(coordinate[word * IN_A_WORD :][:IN_A_WORD]))
+        found[f"c{word}"] = bits - (1 << 64) if bits >> 63 else bits
+    return found
 
 
 @triton.jit
-def waves(positions, at, token, step, inside, frequency):
-    """Cosines and sines [SIZE, PAIRS] of positions by frequencies, in float32 as a model rounds them."""
-    angles = tl.load(positions + at + token * step, mask=inside, other=0).to(tl.float32)[:, None] * frequency[None, :]
+def turning(
+    here, there, frequencies, here_at, there_at, row, token, inside, pair, there_are,
+    here_token, here_own, there_token, there_own, frequencies_row, frequencies_pair,
+    c0, c1, c2, c3, c4, c5, c6, c7, HERE: tl.constexpr, THERE: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines [SIZE, PAIRS] of the turn from one position to another.
+
+    Args:
+        here_at, there_at: where the positions of this row and head begin.
+        c0 to c7: which coordinate turns each pair, of 32 pairs each.
+        HERE, THERE: whether tokens have several positions.
+    """
+    frequency = tl.load(frequencies + row * frequencies_row + pair * frequencies_pair, mask=there_are, other=0)
+    frequency = frequency.to(tl.float32)
+    own = pair
+    if HERE or THERE:
+        low = tl.where(pair < 64, _word(pair, 32, c0, c1), _word(pair, 96, c2, c3))
+        high = tl.where(pair < 192, _word(pair, 160, c4, c5), _word(pair, 224, c6, c7))
+        own = (tl.where(pair < 128, low, high) >> (2 * (pair % 32))) & 3
+    cos_a, sin_a = _waves(here + here_at, token, here_token, own, here_own, inside, there_are, frequency, HERE)
+    cos_b, sin_b = _waves(there + there_at, token, there_token, own, there_own, inside, there_are, frequency, THERE)
+    return cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
+
+
+@triton.jit
+def _word(pair, before, one, other):
+    return tl.where(pair < before, tl.cast(one, tl.int64), tl.cast(other, tl.int64))
+
+
+@triton.jit
+def _waves(positions, token, step, own, own_step, inside, there_are, frequency, SEVERAL: tl.constexpr):
+    """Cosines and sines of positions by frequencies, in float32 as a model rounds them."""
+    if SEVERAL:
+        both = inside[:, None] & there_are[None, :]
+        found = tl.load(positions + token[:, None] * step + own[None, :] * own_step, mask=both, other=0)
+    else:
+        found = tl.load(positions + token * step, mask=inside, other=0)[:, None]
+    angles = found.to(tl.float32) * frequency[None, :]
     return tl.cos(angles), tl.sin(angles)
 
 
@@ -91,17 +169,29 @@ def _turn(
     here_row,
     here_head,
     here_token,
+    here_own,
     there_row,
     there_head,
     there_token,
-    frequencies_row,
-    frequencies_pair,
+    there_own,
     each,
     heads,
     tokens,
     width,
     pairs,
     start,
+    frequencies_row,
+    frequencies_pair,
+    c0,
+    c1,
+    c2,
+    c3,
+    c4,
+    c5,
+    c6,
+    c7,
+    HERE: tl.constexpr,
+    THERE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     SIZE: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -112,13 +202,11 @@ def _turn(
     inside = token < tokens
     pair = tl.arange(0, PAIRS).to(tl.int64)
     there_are = pair < pairs
-    frequency = tl.load(frequencies + row * frequencies_row + pair * frequencies_pair, mask=there_are, other=0).to(
-        tl.float32
-    )
-    cos_a, sin_a = waves(here, row * here_row + begin * here_head, token, here_token, inside, frequency)
-    cos_b, sin_b = waves(there, row * there_row + begin * there_head, token, there_token, inside, frequency)
-    cos = cos_b * cos_a + sin_b * sin_a
-    sin = sin_b * cos_a - cos_b * sin_a
+    cos, sin = turning(
+        here, there, frequencies, row * here_row + begin * here_head, row * there_row + begin * there_head,
+        row, token, inside, pair, there_are, here_token, here_own, there_token, there_own,
+        frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, HERE, THERE,
+    )  # fmt: skip
     if NEIGHBOURS:
         one = start + 2 * pair
         two = one + 1

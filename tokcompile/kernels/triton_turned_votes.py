@@ -6,6 +6,8 @@ PyTorch has, which Inductor fuses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,8 @@ from . import _triton_tiles, triton_turn_pairs
 from ._triton import wrap_triton
 from ._triton_gather import block, empty
 from .key_votes import candidates, check
-from .triton_turn_pairs import waves
+from .triton_turn_pairs import turning
+from .turn_pairs import check as check_positions
 
 TILE = 1024
 """Pairs of a tile of keys."""
@@ -29,13 +32,14 @@ def supports(
     frequencies: Tensor,
     start: int,
     neighbours: bool,
+    coordinate: Sequence[int] | None,
     *others: object,
 ) -> str | None:
     """Why the kernel cannot run on these arguments; None when it can."""
-    if here.dim() != 2 or there.dim() != 2:
+    if any(each.dim() != 2 and each.shape[1] != 1 for each in (here, there)):
         return "heads that have positions of their own"
     unfit = _triton_tiles.unfit(query, key)
-    return unfit or triton_turn_pairs.supports(key, here, there, frequencies, start, neighbours)
+    return unfit or triton_turn_pairs.supports(key, here, there, frequencies, start, neighbours, coordinate)
 
 
 def launch(
@@ -46,24 +50,27 @@ def launch(
     frequencies: Tensor,
     start: int,
     neighbours: bool,
+    coordinate: Sequence[int] | None,
     valid: Tensor | None,
     first: int,
     last: int,
 ) -> Tensor:
     """As the reference."""
     check(query, key)
+    check_positions(here, there, frequencies, coordinate)
     batch, heads, tokens, width = key.shape
     logits = torch.empty((batch, query.shape[1], tokens), dtype=torch.float32, device=key.device)
     if not empty(logits.shape):
         pairs = frequencies.shape[-1]
         of_pairs = block(pairs, triton_turn_pairs.WIDEST)
         size = block(tokens, TILE // of_pairs)
-        per_row = frequencies.dim() == 2 and frequencies.shape[0] != 1
-        steps = [0 if each.shape[0] == 1 else each.stride(0) for each in (here, there)]
+        # Heads share their positions.
+        (here_row, _, *here_steps), (there_row, _, *there_steps) = map(triton_turn_pairs.steps, (here, there))
         wrap_triton(_logits)[(triton.cdiv(tokens, size), batch)](
-            query, key, here, there, frequencies, logits, *query.stride(), *key.stride(),
-            steps[0], here.stride(1), steps[1], there.stride(1), frequencies.stride(0) if per_row else 0,
-            frequencies.stride(-1), heads, query.shape[1] // heads, tokens, width - 2 * pairs, pairs, start,
+            query, key, here, there, frequencies, logits,
+            *query.stride(), *key.stride(), here_row, *here_steps, there_row, *there_steps,
+            heads, query.shape[1] // heads, tokens, width - 2 * pairs, pairs, start,
+            **triton_turn_pairs.words(here, there, frequencies, coordinate),
             NEIGHBOURS=neighbours, SIZE=size, PAIRS=of_pairs, REST=block(width - 2 * pairs, triton_turn_pairs.WIDEST),
         )  # fmt: skip
     return _shared_out(logits, candidates(valid, batch, tokens, first, last, key.device)[:, None])
@@ -80,8 +87,9 @@ def _shared_out(logits: Tensor, open_to: Tensor) -> Tensor:
 @triton.jit
 def _logits(
     query, key, here, there, frequencies, out,
-    q_row, q_head, q_column, k_row, k_head, k_token, k_column, here_row, here_token, there_row, there_token,
-    frequencies_row, frequencies_pair, heads, group, tokens, rest, pairs, start,
+    q_row, q_head, q_column, k_row, k_head, k_token, k_column,
+    here_row, here_token, here_own, there_row, there_token, there_own, heads, group, tokens, rest, pairs, start,
+    frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, HERE: tl.constexpr, THERE: tl.constexpr,
     NEIGHBOURS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Products of the queries with some keys of all heads, each turned and rounded as `turn_pairs` does it."""
@@ -89,12 +97,11 @@ def _logits(
     inside = token < tokens
     pair = tl.arange(0, PAIRS).to(tl.int64)
     there_are = pair < pairs
-    frequency = tl.load(frequencies + row * frequencies_row + pair * frequencies_pair, mask=there_are, other=0)
-    frequency = frequency.to(tl.float32)
-    cos_a, sin_a = waves(here, row * here_row, token, here_token, inside, frequency)
-    cos_b, sin_b = waves(there, row * there_row, token, there_token, inside, frequency)
-    cos = cos_b * cos_a + sin_b * sin_a
-    sin = sin_b * cos_a - cos_b * sin_a
+    cos, sin = turning(
+        here, there, frequencies, row * here_row, row * there_row, row, token, inside, pair, there_are,
+        here_token, here_own, there_token, there_own, frequencies_row, frequencies_pair,
+        c0, c1, c2, c3, c4, c5, c6, c7, HERE, THERE,
+    )  # fmt: skip
     one = start + (2 * pair if NEIGHBOURS else pair)
     two = one + (1 if NEIGHBOURS else pairs)
     both = inside[:, None] & there_are[None, :]

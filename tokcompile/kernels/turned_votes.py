@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import _library
@@ -17,6 +19,7 @@ def reference(
     frequencies: Tensor,
     start: int,
     neighbours: bool,
+    coordinate: Sequence[int] | None,
     valid: Tensor | None,
     first: int,
     last: int,
@@ -25,7 +28,7 @@ def reference(
 
     Args:
         query, valid, first, last: as for `key_votes`.
-        key, here, there, frequencies, start, neighbours: as for `turn_pairs`.
+        key, here, there, frequencies, start, neighbours, coordinate: as for `turn_pairs`.
 
     Returns:
         float32 [B, 1, N], as `key_votes`.
@@ -33,12 +36,13 @@ def reference(
     Raises:
         ValueError: shapes that do not fit.
     """
-    return key_votes(query, turn_pairs(key, here, there, frequencies, start, neighbours), valid, first, last)
+    turned = turn_pairs(key, here, there, frequencies, start, neighbours, coordinate)
+    return key_votes(query, turned, valid, first, last)
 
 
 _library.define_kernel(
     "turned_votes(Tensor query, Tensor key, Tensor here, Tensor there, Tensor frequencies, int start, "
-    "bool neighbours, Tensor? valid, int first, SymInt last) -> Tensor",
+    "bool neighbours, int[]? coordinate, Tensor? valid, int first, SymInt last) -> Tensor",
     reference,
     triton="triton_turned_votes",
 )

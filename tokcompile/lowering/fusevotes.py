@@ -14,6 +14,8 @@ from tokcompile.lowering.groupgathers import changes_a_value
 
 tokred = torch.ops.tokred
 KERNEL = "turned_votes"
+COORDINATE = 6
+"""The place of `coordinate` among the arguments of `turn_pairs`, which may end before it."""
 
 
 def fuse_votes(graph: Graph, nodes: Collection[Node]) -> int:
@@ -45,7 +47,7 @@ def _fits(graph: Graph, node: Node, nodes: Collection[Node]) -> bool:
 def _arguments(node: Node) -> tuple[Any, ...]:
     """What the kernel takes in the place of votes and of the turn before them."""
     query, turned, *how = node.args
-    return query, *turned.args, *how
+    return query, *turned.args, *[None] * (COORDINATE + 1 - len(turned.args)), *how
 
 
 def _fuse(graph: Graph, node: Node) -> None:
