@@ -48,6 +48,7 @@ class Policy:
         shared: whether all cached heads of a block choose together.
         prompt, later: whether caches are shortened after the prompt, and at later steps.
         waves: rotary frequencies, where later queries see keys at the distances of their ranks; None: they do not.
+        positions: where each token stands for each frequency, [B, T, P]; None: tokens count one by one.
     """
 
     score: Score
@@ -57,6 +58,7 @@ class Policy:
     prompt: bool = True
     later: bool = True
     waves: Tensor | None = None
+    positions: Tensor | None = None
 
 
 def age(keys: list[Key], newest: Tensor) -> list[float]:
@@ -141,7 +143,8 @@ def streamed(model: nn.Module, policy: Policy, prompt: int, real: Tensor, chunk:
         rows = []
         for row, places in enumerate(valid.nonzero()[:, 0].tolist() for valid in real):
             of_row = (query[row] * scale, keys[row], values[row])
-            rows.append(_row(policy, *of_row, places, prompt, group, out[row], chunk))
+            stand = torch.arange(query.shape[2])[:, None] if policy.positions is None else policy.positions[row]
+            rows.append(_row(policy, *of_row, places, stand, prompt, group, out[row], chunk))
         left.append(Layer(key, value, rows))
 
     with attending(model, change):
@@ -154,6 +157,7 @@ def _row(
     keys: Tensor,
     values: Tensor,
     places: list[int],
+    stand: Tensor,
     prompt: int,
     group: int,
     out: Tensor,
@@ -183,7 +187,7 @@ def _row(
             seen, own = [key.place for key in state[g]], slice(g * group, (g + 1) * group)
             near = keys[own][:, seen].double()
             if policy.waves is not None:
-                near = _at_ranks(near, [place - first[0] for place in seen], policy.waves)
+                near = _at_ranks(near, stand[seen], policy.waves)
             weights = (query[own, t].double()[:, None] @ near.transpose(1, 2))[:, 0].softmax(-1)
             out[own, t] = (weights[:, None] @ values[own][:, seen].double())[:, 0].float()
             _count(state[g], seen, weights)
@@ -193,12 +197,11 @@ def _row(
     return [[key.place for key in of_head] for of_head in state]
 
 
-def _at_ranks(keys: Tensor, positions: list[int], waves: Tensor) -> Tensor:
-    """Keys [H, T, D], turned half by half, as far from the last of them as they stand in the list."""
+def _at_ranks(keys: Tensor, positions: Tensor, waves: Tensor) -> Tensor:
+    """Keys [H, T, D] at positions [T, P or 1], turned half by half, as far from the last as they stand in the list."""
     half = keys.shape[-1] // 2
-    last = len(positions) - 1
-    by = [(positions[last] - last) - (position - rank) for rank, position in enumerate(positions)]
-    turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.tensor(by, dtype=torch.float64)[:, None] * waves)
+    ahead = positions - torch.arange(len(positions))[:, None]
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), (ahead[-1] - ahead) * waves)
     turned = torch.complex(keys[..., :half], keys[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], -1)
 

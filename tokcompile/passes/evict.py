@@ -79,10 +79,10 @@ def _places(ctx: Context, step: Evict, selection: KeySelection) -> dict[int, dic
     if step.positions == "keep" or step.when == "prefill":
         return none
     if in_later_step(ctx):
-        return {index: {PLACES: place} for index, place in ctx.values[PLACES].items()}
+        return dict(ctx.values[PLACES])
     blocks, ranks = ctx.sites.stacks["decoder"].blocks, Ranks(ctx, step.at)
     each = {index: (blocks[index], ctx.sites.caches[blocks[index]]) for index in selection.blocks}
-    return {index: {PLACES: told_places(ranks, index, *found)} for index, found in each.items()}
+    return {index: told_places(ranks, index, *found) for index, found in each.items()}
 
 
 def _only_tell(ctx: Context, step: Evict, selection: KeySelection) -> None:

@@ -9,6 +9,8 @@ StreamingLLM (Xiao et al. 2024), section 3.2: positions within the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
@@ -20,7 +22,7 @@ from tokcompile.passes.keystate import in_later_step, seen_keys, told_of_keys
 from tokcompile.passes.ranked import turnable
 from tokcompile.program import SIZES
 from tokcompile.program import place as node_place
-from tokcompile.rope.tables import rows_of
+from tokcompile.rope.tables import coordinates_of
 from tokcompile.sites import Block, resolve_caches, window_of
 from tokcompile.sites.cache import SHORTENED, TURNED, Cache, unrepeated
 from tokcompile.sites.turns import Turn
@@ -40,7 +42,7 @@ class Ranks:
         """
         self.ctx, self.pairings = ctx, {}
         found = [(i, b, c) for i, b, c in resolve_caches(ctx.sites, at) if not _windowed(ctx, b)]
-        self.pairings = turnable(ctx, at, [block for _, block, _ in found])
+        self.pairings = turnable(ctx, at, [block for _, block, _ in found], several=True)
         for index, block, cache in found:
             sources = {turn.via for turn in self._turns(index, block)}
             if unrepeated(block.attention.key, cache.key) is None or len(sources) != 1:
@@ -56,51 +58,67 @@ class Ranks:
         turns = self.pairings[index].frequencies.turns
         return [t for t in turns if reach.above(t.node, block.attention.query) and reach.above(block.input, t.value)]
 
-    def places(self, index: int, block: Block) -> Node:
-        """Positions of a graph's own tokens in a block, int64 [B or 1, T]."""
+    def places(self, index: int, block: Block) -> list[Node]:
+        """Positions of a graph's own tokens in a block, int64 [B or 1, T], for each coordinate of a token."""
         frequencies, via = self.pairings[index].frequencies, self._turns(index, block)[0].via
-        editor = self.ctx.editor
+        editor, found = self.ctx.editor, []
         with editor.after([frequencies.angles, *via]):
-            own = rows_of(editor, frequencies)
-            for source in via:
-                own = editor.call(aten.expand.default, own, [editor.size(source, 0), editor.size(own, 1)])
-                own = editor.call(torch.ops.tokred.gather_tokens.default, own, source, 1, 0)
-        return own
+            every = coordinates_of(editor, frequencies)
+            for coordinate in range(frequencies.coordinates):
+                own = editor.call(aten.select.int, every, 0, coordinate)
+                for source in via:
+                    own = editor.call(aten.expand.default, own, [editor.size(source, 0), editor.size(own, 1)])
+                    own = editor.call(torch.ops.tokred.gather_tokens.default, own, source, 1, 0)
+                found.append(own)
+        return found
 
-    def turned(self, index: int, keys: Node, places: Node, valid: Node | None) -> Node:
-        """Keys turned until their distances to the last are those of their ranks.
+    def turned(self, index: int, keys: Node, places: Sequence[Node], valid: Node | None) -> Node:
+        """Keys turned until their distances to the last are those of their ranks, in each coordinate.
 
         Args:
-            keys: [B, H, T, D] at positions `places`, [B, H, T].
+            keys: [B, H, T, D] at positions `places`, [B, H, T] for each coordinate.
             valid: bool [B, T], real tokens; None: all are.
         """
         call, pairing = self.ctx.editor.call, self.pairings[index]
         inverse = pairing.frequencies.inverse
-        with self.ctx.editor.after([n for n in (keys, places, valid, inverse) if n is not None]):
+        with self.ctx.editor.after([n for n in (keys, *places, valid, inverse) if n is not None]):
             if valid is None:
                 order = call(aten.arange.default, self.ctx.editor.size(keys, 2), device=keys.meta["val"].device)
                 order = call(aten.view.default, order, [1, 1, -1])
             else:
                 order = call(aten.unsqueeze.default, call(aten.cumsum.default, valid, 1), 1)
-            ahead = call(aten.slice.Tensor, call(aten.sub.Tensor, places, order), 2, -1, MAX)
+            how: list[object] = [pairing.start, pairing.neighbours]
+            here = places[0]
+            if len(places) > 1:
+                here, order = call(aten.stack.default, list(places), -1), call(aten.unsqueeze.default, order, -1)
+                how.append(list(pairing.coordinates))
+            ahead = call(aten.slice.Tensor, call(aten.sub.Tensor, here, order), 2, -1, MAX)
             there = call(aten.add.Tensor, ahead, order)
-            return call(TURNED, keys, places, there, inverse, pairing.start, pairing.neighbours)
+            return call(TURNED, keys, here, there, inverse, *how)
 
 
 def _windowed(ctx: Context, block: Block) -> bool:
     return window_of(block.attention, ctx.sites.reach) is not None
 
 
-def told_places(ranks: Ranks, index: int, block: Block, cache: Cache) -> Node:
-    """Positions of all keys that a block reads, float32 [B, H, T]: whole numbers, exact below 2^24."""
-    ctx = ranks.ctx
+def told_places(ranks: Ranks, index: int, block: Block, cache: Cache) -> dict[str, Node]:
+    """Positions of all keys that a block reads, float32 [B, H, T]: whole numbers, exact below 2^24.
+
+    Returns:
+        one for each coordinate of a token, in order, by the name under which it is handed on.
+    """
     own = ranks.places(index, block)
+    names = [PLACES] if len(own) == 1 else [f"{PLACES}{coordinate}" for coordinate in range(len(own))]
+    return {name: _told(ranks.ctx, index, cache, name, each) for name, each in zip(names, own, strict=True)}
+
+
+def _told(ctx: Context, index: int, cache: Cache, name: str, own: Node) -> Node:
     with ctx.editor.after([own, cache.key]):
         rows, heads, _ = (ctx.editor.size(cache.key, dim) for dim in range(3))
         wide = ctx.editor.call(aten.to.dtype, ctx.editor.call(aten.unsqueeze.default, own, 1), torch.float32)
         if not in_later_step(ctx):
             return ctx.editor.call(aten.expand.default, wide, [rows, heads, ctx.editor.size(cache.key, 2)])
-        past = told_of_keys(ctx, index, cache, PLACES, "where its cached keys stood")
+        past = told_of_keys(ctx, index, cache, name, "where its cached keys stood")
         new = ctx.editor.arithmetic(sub, ctx.editor.size(cache.key, 2), ctx.editor.size(cache.past, 2))
         wide = ctx.editor.call(aten.expand.default, wide, [rows, heads, new])
         old = ctx.editor.call(aten.slice.Tensor, past, 2, 0, ctx.editor.size(cache.past, 2))
@@ -121,19 +139,19 @@ def hand_back_by_rank(
         return
     ctx = ranks.ctx
     short = next(node for node in cache.key.users if node.target in SHORTENED)
-    places = told_places(ranks, index, block, cache)
-    with ctx.editor.after([n for n in (short, places, stay, valid) if n is not None]):
-        places = ctx.editor.call(aten.gather.default, places, 2, stay)
+    every = told_places(ranks, index, block, cache).values()
+    with ctx.editor.after([n for n in (short, *every, stay, valid) if n is not None]):
+        places = [ctx.editor.call(aten.gather.default, each, 2, stay) for each in every]
         if valid is not None:  # every head has as much padding, in front
             valid = ctx.editor.call(aten.gather.default, valid, 1, ctx.editor.call(aten.select.int, stay, 1, 0))
     ctx.editor.swap_input(ctx.program.output, short, ranks.turned(index, short, places, valid))
 
 
-def read_by_rank(ctx: Context, at: str) -> dict[int, Node]:
+def read_by_rank(ctx: Context, at: str) -> dict[int, dict[str, Node]]:
     """Let the attention of a later step read turned keys; what is handed back stays as it was.
 
     Returns:
-        for each block the positions of all its keys, float32 [B, H, T].
+        for each block what `told_places` tells of its keys.
     """
     ranks, found = Ranks(ctx, at), {}
     for index, block, cache in resolve_caches(ctx.sites, at):
@@ -145,7 +163,7 @@ def read_by_rank(ctx: Context, at: str) -> dict[int, Node]:
         mask = site.padding if site.padding is not None else site.mask
         with ctx.editor.after([n for n in (cache.key, mask) if n is not None]):
             valid = seen_keys(ctx, block, cache)
-        keys = ranks.turned(index, cache.key, places, valid)
+        keys = ranks.turned(index, cache.key, list(places.values()), valid)
         late = [user for user in readers if user._sort_key < keys._sort_key]
         if late:
             raise EditError(

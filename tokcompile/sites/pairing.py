@@ -37,14 +37,14 @@ class Pairing:
     Attributes:
         frequencies: what its angles are made of.
         numbers: for each pair the number of its frequency.
-        coordinates: the coordinates that turn any pair: one, but for tokens of several positions.
+        coordinates: for each pair which position of a token turns it: 0, but for tokens of several positions.
         start: where in a head the pairs begin; numbers before and behind them are not turned.
         neighbours: whether a pair is two numbers side by side, and not half of the turned part from each other.
     """
 
     frequencies: Frequencies
     numbers: tuple[int, ...]
-    coordinates: frozenset[int]
+    coordinates: tuple[int, ...]
     start: int
     neighbours: bool
 
@@ -76,11 +76,11 @@ def find_pairings(program: Program, sites: Sites, stack: str) -> dict[Attention,
 
 
 def _pairing(block: Block, sites: Sites, frequencies: Frequencies, turns: list[Turn]) -> Pairing:
-    columns = turns[0].pairs
+    columns, own = turns[0].pairs, turns[0].coordinates
     half = len(columns) // 2
     apart = len(set(columns)) == len(columns)
     neighbours = not apart and columns[::2] == columns[1::2] and columns[:half] != columns[half:]
-    numbers = columns if apart else columns[::2] if neighbours else columns[:half]
+    numbers, own = ((c if apart else c[::2] if neighbours else c[:half]) for c in (columns, own))
     site, cache = block.attention, sites.caches.get(block)
     turned = {turn.node for turn in frequencies.turns if sites.reach.above(block.input, turn.value)}
     key = site.key if cache is None else cache.key
@@ -95,7 +95,7 @@ def _pairing(block: Block, sites: Sites, frequencies: Frequencies, turns: list[T
             raise _unknown(block, "halves of pairs that are not joined again")
     elif joined == "stack" or (joined == "cat" and neighbours):
         raise _unknown(block, "pairs that are put in another order after they were turned")
-    return Pairing(frequencies, tuple(numbers), frozenset(turns[0].coordinates), start, neighbours)
+    return Pairing(frequencies, tuple(numbers), tuple(own), start, neighbours)
 
 
 def _layout(end: Node, block: Block, sites: Sites, turned: set[Node]) -> tuple[int, str]:
