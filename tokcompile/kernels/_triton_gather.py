@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
 
-TILE = 4096
-"""Elements of a tile: 32 for each thread of four warps, so that many loads are in flight at once."""
+TILES = [(1024, 4, 1), (2048, 4, 1), (4096, 4, 1), (4096, 8, 1), (8192, 8, 1)]
+"""Elements, warps and stages of what moves tokens: 8 to 32 elements for a thread, whose loads are in flight at once."""
 WIDEST = 1024
+"""Columns of a tile at most: no more elements than the smallest has."""
 ROW_DIMENSIONS = 4
 MOST = 1 << 31
 DTYPES = {
@@ -154,28 +156,34 @@ def gather(value: Tensor, index: Tensor, plan: Plan) -> Tensor:
     """Gather one value."""
     out = torch.empty(plan.shape, dtype=value.dtype, device=value.device)
     if not empty(plan.shape):
-        grid, numbers = words(plan)
-        wrap_triton(_gather)[(grid,)](value, index, out, **numbers)
+        numbers = words(plan)
+        wrap_triton(_tuned)[lambda meta: (programs(plan, meta["TILE"]),)](value, index, out, **numbers)
     return out
 
 
-def words(plan: Plan, suffix: str = "") -> tuple[Any, dict[str, Any]]:
-    """The number of programs, and the kernel's numbers by name."""
+def programs(plan: Plan, tile: int) -> Any:
+    """How many tiles a result has."""
+    columns, count = block(plan.column.size, WIDEST), 1
+    for row in plan.rows:
+        count = count * row.size
+    return triton.cdiv(count, tile // columns) * triton.cdiv(plan.column.size, columns)
+
+
+def words(plan: Plan, suffix: str = "") -> dict[str, Any]:
+    """The kernel's numbers by name."""
     rows = [*[Step(1, 0, 0)] * (ROW_DIMENSIONS - len(plan.rows)), *plan.rows]
     count = 1
     for row in rows:
         count = count * row.size
     check_count(count, "rows of a gather")
-    columns = block(plan.column.size, WIDEST)
-    tall = block(count, TILE // columns)
     found = {f"n{d}": rows[d].size for d in (1, 2, 3)}
     found |= {f"x{d}": row.value for d, row in enumerate(rows)}
     found |= {f"i{d}": row.index for d, row in enumerate(rows)}
     found |= {"rows": count, "columns": plan.column.size, "xc": plan.column.value, "ic": plan.column.index}
     found |= {"token": plan.token, "tokens": plan.tokens, "head": plan.head or 0}
-    found |= {"ALONG": plan.along, "PAIRS": plan.head is not None, "ROWS": tall, "COLUMNS": columns}
-    grid = triton.cdiv(count, tall) * triton.cdiv(plan.column.size, columns)
-    return grid, {f"{name}{suffix}": word for name, word in found.items()}
+    found |= {"ALONG": plan.along, "PAIRS": plan.head is not None}
+    found |= {"COLUMNS": block(plan.column.size, WIDEST)}
+    return {f"{name}{suffix}": word for name, word in found.items()}
 
 
 @triton.jit
@@ -204,10 +212,11 @@ def _part(
     head,
     ALONG: tl.constexpr,
     PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One tile of a result."""
+    ROWS: tl.constexpr = TILE // COLUMNS
     across = tl.cdiv(columns, COLUMNS)
     # Numbers of rows and tokens fit 32 bits, in which a GPU divides much faster; what they are multiplied by may not.
     row = (program // across) * ROWS + tl.arange(0, ROWS)
@@ -262,12 +271,15 @@ def _gather(
     head,
     ALONG: tl.constexpr,
     PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     # fmt: off
     _part(
         tl.program_id(0), value, index, out, n1, n2, n3, x0, x1, x2, x3, i0, i1, i2, i3, rows, columns, xc, ic,
-        token, tokens, head, ALONG, PAIRS, ROWS, COLUMNS,
+        token, tokens, head, ALONG, PAIRS, COLUMNS, TILE,
     )
     # fmt: on
+
+
+_tuned = _triton_tiles.autotuned(_gather, ("TILE",), TILES, ("ALONG", "PAIRS", "COLUMNS"), WIDEST)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
+
 MOST = 16384
 BITS = tl.constexpr(32)
 """Of a key; as many passes, in a loop that a GPU's instruction cache holds."""
@@ -39,9 +41,16 @@ def width(tokens: Any) -> int:
     return found
 
 
-def warps(block: int) -> int:
-    """So that no thread holds more than 32 keys of a row."""
-    return min(max(block // 512, 1), 16)
+def tuned(kernel: Any) -> dict[int, Any]:
+    """A kernel with the numbers of warps that are tried, by the block that holds a row.
+
+    No thread holds more than 32 keys of it, which would not fit its registers.
+    """
+    found = {}
+    for block in (16 << more for more in range((MOST // 16).bit_length())):
+        few = min(max(block // 512, 1), 16)
+        found[block] = _triton_tiles.autotuned(kernel, (), [(few, 3), (2 * few, 3)], ())
+    return found
 
 
 @triton.jit

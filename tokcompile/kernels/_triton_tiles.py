@@ -34,16 +34,19 @@ LOG2E = tl.constexpr(_attention.LOG2E)
 LOWEST = tl.constexpr(_attention.LOWEST)
 
 
-def autotuned(kernel: Any, names: Sequence[str], tiles: Sequence[tuple[int, ...]], key: Sequence[str]) -> Any:
+def autotuned(
+    kernel: Any, names: Sequence[str], tiles: Sequence[tuple[int, ...]], key: Sequence[str], interpreted: int = 16
+) -> Any:
     """`kernel` with the tiles that are fastest for each value of `key`.
 
     Args:
-        names: the constants that make a tile.
-        tiles: for each of `names` a size, then warps and stages. Under the interpreter, where time means nothing and
-            small inputs are to have several tiles, 16 each.
+        names: the constants that make a tile; none where warps alone do.
+        tiles: for each of `names` a size, then warps and stages.
+        interpreted: each size under the interpreter, where time means nothing and small inputs are to have several
+            tiles.
     """
     if INTERPRETED:
-        tiles = [(*(16 for _ in names), 1, 1)]
+        tiles = [(*(interpreted for _ in names), 1, 1)]
     configs = [
         triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
         for *sizes, warps, stages in tiles

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import wrap_triton
-from ._triton_select import largest, sortable, warps, width
+from ._triton_select import largest, sortable, tuned, width
 
 
 def mark(scores: Tensor, among: Tensor | None, size: tuple[Any, Any], windows: tuple[Any, Any], k: Any) -> Tensor:
@@ -31,7 +31,7 @@ def mark(scores: Tensor, among: Tensor | None, size: tuple[Any, Any], windows: t
     (high, wide), (rows, columns) = size, windows
     mask = scores if among is None else among
     block = width(high * wide)
-    wrap_triton(_mark)[(batch * rows * columns,)](
+    wrap_triton(_tuned[block])[(batch * rows * columns,)](
         scores,
         mask,
         out,
@@ -47,7 +47,6 @@ def mark(scores: Tensor, among: Tensor | None, size: tuple[Any, Any], windows: t
         k,
         AMONG=among is not None,
         BLOCK=block,
-        num_warps=warps(block),
     )
     return out
 
@@ -84,3 +83,6 @@ def _mark(
         classes = allowed.to(tl.int32)
     keep = largest(keys, tl.where(inside, classes, -1), k, 2)
     tl.store(out + row * tokens + token, keep, mask=inside)
+
+
+_tuned = tuned(_mark)

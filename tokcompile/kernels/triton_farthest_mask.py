@@ -30,7 +30,7 @@ def launch(distances: Tensor, start: Tensor, among: Tensor | None, k: Any) -> Te
     out = torch.empty((batch, tokens), dtype=torch.bool, device=start.device)
     mask = start if among is None else among
     block = select.width(tokens)
-    wrap_triton(_walk)[(batch,)](
+    wrap_triton(_tuned[block])[(batch,)](
         distances,
         start,
         mask,
@@ -42,7 +42,6 @@ def launch(distances: Tensor, start: Tensor, among: Tensor | None, k: Any) -> Te
         k,
         AMONG=among is not None,
         BLOCK=block,
-        num_warps=select.warps(block),
     )
     return out
 
@@ -86,3 +85,6 @@ def _walk(
         row = tl.load(base + at.to(tl.int64) * distances_row, mask=inside, other=0).to(tl.float32)
         far = tl.where(step == 0, row, tl.minimum(far, row, propagate_nan=tl.PropagateNan.ALL))
     tl.store(out + batch * tokens + token, marked, mask=inside)
+
+
+_tuned = select.tuned(_walk)

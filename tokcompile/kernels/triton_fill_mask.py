@@ -37,7 +37,7 @@ def launch(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any
     words |= {f"row_{n}": mask.stride(0) for n, mask in enumerate(masks)}
     words |= {f"token_{n}": mask.stride(1) for n, mask in enumerate(masks)}
     block = select.width(tokens)
-    wrap_triton(_fill)[(batch,)](
+    wrap_triton(_tuned[block])[(batch,)](
         scores,
         out,
         scores.stride(0),
@@ -48,7 +48,6 @@ def launch(first: Sequence[Tensor], scores: Tensor, among: Tensor | None, k: Any
         AMONG=among is not None,
         COUNT=len(first),
         BLOCK=block,
-        num_warps=select.warps(block),
     )
     return out
 
@@ -115,3 +114,6 @@ def _fill(
     keys = sortable(tl.load(scores + row * scores_row + token * scores_token, mask=inside, other=0))
     keep = largest(keys, tl.where(inside, classes, -1), k, COUNT + 2)
     tl.store(out + row * tokens + token, keep, mask=inside)
+
+
+_tuned = select.tuned(_fill)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _triton_gather as plans
+from . import _triton_tiles
 from ._triton import wrap_triton
 from ._triton_gather import _part
 
@@ -40,62 +42,76 @@ def launch(values: Sequence[Tensor], index: Tensor, forms: Sequence[int]) -> lis
 
 def _run(planned: list[tuple[Tensor, Tensor, plans.Plan]], index: Tensor) -> None:
     words: dict[str, object] = {}
-    end = 0
     for place, suffix in enumerate("abcd"):
         # What is not there is the first once more, which COUNT leaves out when the kernel is compiled.
         value, out, plan = planned[place if place < len(planned) else 0]
-        grid, own = plans.words(plan, f"_{suffix}")
-        words |= own | {f"value_{suffix}": value, f"out_{suffix}": out}
-        end = end + (grid if place < len(planned) else 0)
-        if suffix != "d":
-            words[f"end_{suffix}"] = end
-    wrap_triton(_gather_many)[(end,)](index, **words, COUNT=len(planned))
+        words |= plans.words(plan, f"_{suffix}") | {f"value_{suffix}": value, f"out_{suffix}": out}
+
+    def grid(meta: dict[str, int]) -> tuple[Any]:
+        count = plans.programs(planned[0][2], meta["TILE"])
+        for _, _, plan in planned[1:]:
+            count = count + plans.programs(plan, meta["TILE"])
+        return (count,)
+
+    wrap_triton(_tuned)[grid](index, **words, COUNT=len(planned))
+
+
+@triton.jit
+def _tiles(rows, columns, COLUMNS: tl.constexpr, TILE: tl.constexpr):
+    return tl.cdiv(rows, TILE // COLUMNS) * tl.cdiv(columns, COLUMNS)
 
 
 # fmt: off
 @triton.jit
 def _gather_many(
-    index, end_a, end_b, end_c,
+    index,
     value_a, out_a, n1_a, n2_a, n3_a, x0_a, x1_a, x2_a, x3_a, i0_a, i1_a, i2_a, i3_a, rows_a, columns_a, xc_a,
     ic_a, token_a, tokens_a, head_a,
-    ALONG_a: tl.constexpr, PAIRS_a: tl.constexpr, ROWS_a: tl.constexpr, COLUMNS_a: tl.constexpr,
+    ALONG_a: tl.constexpr, PAIRS_a: tl.constexpr, COLUMNS_a: tl.constexpr,
     value_b, out_b, n1_b, n2_b, n3_b, x0_b, x1_b, x2_b, x3_b, i0_b, i1_b, i2_b, i3_b, rows_b, columns_b, xc_b,
     ic_b, token_b, tokens_b, head_b,
-    ALONG_b: tl.constexpr, PAIRS_b: tl.constexpr, ROWS_b: tl.constexpr, COLUMNS_b: tl.constexpr,
+    ALONG_b: tl.constexpr, PAIRS_b: tl.constexpr, COLUMNS_b: tl.constexpr,
     value_c, out_c, n1_c, n2_c, n3_c, x0_c, x1_c, x2_c, x3_c, i0_c, i1_c, i2_c, i3_c, rows_c, columns_c, xc_c,
     ic_c, token_c, tokens_c, head_c,
-    ALONG_c: tl.constexpr, PAIRS_c: tl.constexpr, ROWS_c: tl.constexpr, COLUMNS_c: tl.constexpr,
+    ALONG_c: tl.constexpr, PAIRS_c: tl.constexpr, COLUMNS_c: tl.constexpr,
     value_d, out_d, n1_d, n2_d, n3_d, x0_d, x1_d, x2_d, x3_d, i0_d, i1_d, i2_d, i3_d, rows_d, columns_d, xc_d,
     ic_d, token_d, tokens_d, head_d,
-    ALONG_d: tl.constexpr, PAIRS_d: tl.constexpr, ROWS_d: tl.constexpr, COLUMNS_d: tl.constexpr,
-    COUNT: tl.constexpr,
+    ALONG_d: tl.constexpr, PAIRS_d: tl.constexpr, COLUMNS_d: tl.constexpr,
+    COUNT: tl.constexpr, TILE: tl.constexpr,
 ):
     program = tl.program_id(0)
+    end_a = _tiles(rows_a, columns_a, COLUMNS_a, TILE)
+    end_b = end_a + _tiles(rows_b, columns_b, COLUMNS_b, TILE)
+    end_c = end_b + _tiles(rows_c, columns_c, COLUMNS_c, TILE)
     if program < end_a:
         _part(
             program, value_a, index, out_a, n1_a, n2_a, n3_a, x0_a, x1_a, x2_a, x3_a, i0_a, i1_a, i2_a,
-            i3_a, rows_a, columns_a, xc_a, ic_a, token_a, tokens_a, head_a, ALONG_a, PAIRS_a, ROWS_a,
-            COLUMNS_a,
+            i3_a, rows_a, columns_a, xc_a, ic_a, token_a, tokens_a, head_a, ALONG_a, PAIRS_a, COLUMNS_a, TILE,
         )
     if COUNT > 1:
         if (program >= end_a) & (program < end_b):
             _part(
                 program - end_a, value_b, index, out_b, n1_b, n2_b, n3_b, x0_b, x1_b, x2_b, x3_b,
                 i0_b, i1_b, i2_b, i3_b, rows_b, columns_b, xc_b, ic_b, token_b, tokens_b, head_b,
-                ALONG_b, PAIRS_b, ROWS_b, COLUMNS_b,
+                ALONG_b, PAIRS_b, COLUMNS_b, TILE,
             )
     if COUNT > 2:
         if (program >= end_b) & (program < end_c):
             _part(
                 program - end_b, value_c, index, out_c, n1_c, n2_c, n3_c, x0_c, x1_c, x2_c, x3_c,
                 i0_c, i1_c, i2_c, i3_c, rows_c, columns_c, xc_c, ic_c, token_c, tokens_c, head_c,
-                ALONG_c, PAIRS_c, ROWS_c, COLUMNS_c,
+                ALONG_c, PAIRS_c, COLUMNS_c, TILE,
             )
     if COUNT > 3:
         if program >= end_c:
             _part(
                 program - end_c, value_d, index, out_d, n1_d, n2_d, n3_d, x0_d, x1_d, x2_d, x3_d,
                 i0_d, i1_d, i2_d, i3_d, rows_d, columns_d, xc_d, ic_d, token_d, tokens_d, head_d,
-                ALONG_d, PAIRS_d, ROWS_d, COLUMNS_d,
+                ALONG_d, PAIRS_d, COLUMNS_d, TILE,
             )
 # fmt: on
+
+
+_tuned = _triton_tiles.autotuned(
+    _gather_many, ("TILE",), plans.TILES, ("COUNT", *(f"COLUMNS_{each}" for each in "abcd")), plans.WIDEST
+)

@@ -41,7 +41,7 @@ def launch(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: in
         return out
     real, chosen = (scores.select(1, 0) if mask is None else mask for mask in (valid, among))
     block = select.width(tokens)
-    wrap_triton(_keep)[(batch * heads,)](
+    wrap_triton(_tuned[block])[(batch * heads,)](
         scores,
         real,
         chosen,
@@ -62,7 +62,6 @@ def launch(scores: Tensor, valid: Tensor | None, among: Tensor | None, first: in
         AMONG=among is not None,
         BLOCK=block,
         PIECE=min(block, PIECE),
-        num_warps=select.warps(block),
     )
     return out
 
@@ -149,3 +148,6 @@ def _keep(
         tl.store(out + slot, token, mask=keep)
         kept += tl.sum(keep.to(tl.int32))
         equals += tl.sum(equal.to(tl.int32))
+
+
+_tuned = select.tuned(_keep)

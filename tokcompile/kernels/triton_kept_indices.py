@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_rows import listed
+from ._triton_rows import listed, tuned
 
 
 def supports(keep: Tensor, length: Any) -> str | None:
@@ -19,7 +19,7 @@ def supports(keep: Tensor, length: Any) -> str | None:
 
 def launch(keep: Tensor, length: Any) -> Tensor:
     """As the reference."""
-    return listed(_list, keep, length)
+    return listed(_tuned, keep, length)
 
 
 @triton.jit
@@ -38,3 +38,6 @@ def _list(keep, out, keep_row, keep_token, tokens, length, BLOCK: tl.constexpr):
     for begin in range(0, length, BLOCK):
         slot = begin + tl.arange(0, BLOCK).to(tl.int64)
         tl.store(out + row * length + slot, last + slot * 0, mask=(slot >= count) & (slot < length))
+
+
+_tuned = tuned(_list)

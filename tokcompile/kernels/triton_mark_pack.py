@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_mark_tokens
+from . import _triton_tiles, triton_mark_tokens
 from ._triton import wrap_triton
 from ._triton_gather import block, check_count
 from ._triton_tiles import dot
 from .triton_mark_slots import _kinds
 
-ROWS, COLUMNS, ACROSS, FLAGS = 16, 256, 4, 1024
-"""Tokens of a program, numbers of a token that it moves at a time and how many times, and flags counted at a time."""
+ROWS, COLUMNS, FLAGS = 16, 256, 1024
+"""Tokens of a program, numbers of a token that it moves at a time, and flags counted at a time."""
 NOTHING, GIVEN, MEANS = range(3)
 
 
@@ -41,9 +41,8 @@ def launch(x: Tensor, runs: Tensor, length: Any, content: Tensor | None, means: 
         return [out, slots]
     check_count(batch * tokens, "tokens")
     columns = max(block(width, COLUMNS), 16)
-    across = triton.cdiv(width, ACROSS * columns)
     tiles = triton.cdiv(tokens, ROWS) + triton.cdiv(length, ROWS)
-    wrap_triton(_pack)[(tiles * across, batch)](
+    wrap_triton(_tuned)[lambda meta: (tiles * triton.cdiv(width, meta["EACH"] * columns), batch)](
         x,
         runs,
         x if content is None else content,
@@ -55,12 +54,10 @@ def launch(x: Tensor, runs: Tensor, length: Any, content: Tensor | None, means: 
         tokens,
         length,
         width,
-        across,
         CONTENT=MEANS if means else NOTHING if content is None else GIVEN,
         EXACT=x.dtype == torch.float32,
         ROWS=ROWS,
         COLUMNS=columns,
-        EACH=ACROSS,
         FLAGS=FLAGS,
     )
     return [out, slots]
@@ -114,12 +111,13 @@ def _means(
 @triton.jit
 def _pack(
     x, runs, content, slots, out, x_row, x_token, x_column, runs_row, runs_token, content_row, content_slot,
-    content_column, tokens, length, width, across,
-    CONTENT: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
-    FLAGS: tl.constexpr,
+    content_column, tokens, length, width,
+    CONTENT: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAGS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     # fmt: on
     row = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(width, EACH * COLUMNS)
     tile, begin = (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across) * (EACH * COLUMNS)
     x += row * x_row
     flags = runs + row * runs_row
@@ -173,3 +171,9 @@ def _pack(
             into = out + (row * length + slot)[:, None] * width + column[None, :]
             nothing = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
             tl.store(into, nothing, mask=(slot < spare)[:, None] & (column < width)[None, :])
+
+
+# How many times columns are moved by a program, which counts flags once for all of them.
+_tuned = _triton_tiles.autotuned(
+    _pack, ("EACH",), [(1, 4, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (8, 4, 1)], ("CONTENT", "COLUMNS"), 2
+)

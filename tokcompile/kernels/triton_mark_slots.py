@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_rows import listed
+from ._triton_rows import listed, tuned
 
 
 def supports(runs: Tensor, length: Any) -> str | None:
@@ -19,7 +19,7 @@ def supports(runs: Tensor, length: Any) -> str | None:
 
 def launch(runs: Tensor, length: Any) -> Tensor:
     """As the reference."""
-    return listed(_mark, runs, length)
+    return listed(_tuned, runs, length)
 
 
 @triton.jit
@@ -54,3 +54,6 @@ def _mark(runs, out, runs_row, runs_token, tokens, length, BLOCK: tl.constexpr):
     for begin in range(0, length, BLOCK):
         slot = begin + tl.arange(0, BLOCK).to(tl.int64)
         tl.store(out + row * length + slot, slot * 0 - 1, mask=slot < length - count)
+
+
+_tuned = tuned(_mark)

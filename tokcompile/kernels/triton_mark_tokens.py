@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
-from ._triton_gather import TILE, WIDEST, block, check_count, empty
+from ._triton_gather import TILES, WIDEST, block, check_count, empty
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,10 +32,9 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
         return out
     check_count(batch * length, "slots")
     columns = block(width, WIDEST)
-    rows = block(batch * length, TILE // columns)
     new = x if content is None else content
-    grid = (triton.cdiv(batch * length, rows) * triton.cdiv(width, columns),)
-    wrap_triton(_fill)[grid](
+    across = triton.cdiv(width, columns)
+    wrap_triton(_tuned)[lambda meta: (triton.cdiv(batch * length, meta["TILE"] // columns) * across,)](
         x,
         slots,
         new,
@@ -47,7 +47,6 @@ def launch(x: Tensor, slots: Tensor, content: Tensor | None) -> Tensor:
         tokens,
         width,
         MADE=content is not None,
-        ROWS=rows,
         COLUMNS=columns,
     )
     return out
@@ -80,9 +79,10 @@ def _fill(
     tokens,
     width,
     MADE: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    ROWS: tl.constexpr = TILE // COLUMNS
     across = tl.cdiv(width, COLUMNS)
     # 32 bits hold them, and a GPU divides in these much faster.
     place = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
@@ -99,3 +99,6 @@ def _fill(
         made = tl.load(address, mask=inside & (held < -1)[:, None], other=0).to(found.dtype)
         found = tl.where(old[:, None], found, made)
     tl.store(out + place.to(tl.int64)[:, None] * width + column[None, :], found, mask=inside)
+
+
+_tuned = _triton_tiles.autotuned(_fill, ("TILE",), TILES, ("MADE", "COLUMNS"), WIDEST)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
 from ._triton_gather import block
 
@@ -60,19 +61,16 @@ def launch(
     whole = cache if plain is None else plain
     tables = [cache if table is None else table for table in (cos, sin)]
     columns = max(block(width, WIDEST), 16)
-    slots = 32 if columns <= 128 else 16
     words: dict[str, Any] = {"out": out, "kept": kept, "heads": heads, "tokens": tokens, "width": width}
     words["turned"] = tables[0].shape[3]
     named = {"cache": cache, "index": index, "classes": classes, "weights": weights, "whole": whole}
     for name, value in (named | dict(zip(("cos", "sin"), tables, strict=True))).items():
         words[name] = value
         words |= {f"{name}_{d}": 0 if value.shape[d] == 1 and d < 2 else value.stride(d) for d in range(value.dim())}
-    wrap_triton(_merge)[(triton.cdiv(kept, slots), heads, batch)](
+    wrap_triton(_tuned[columns > 128])[lambda meta: (triton.cdiv(kept, meta["SLOTS"]), heads, batch)](
         **words,
         TURN=plain is not None,
         NEIGHBOURS=neighbours,
-        SLOTS=slots,
-        TOKENS=32,
         COLUMNS=columns,
     )
     return out
@@ -120,9 +118,9 @@ def _merge(
     sin_3,
     TURN: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
@@ -174,3 +172,13 @@ def _merge(
     several = (count > 1) & (total > 0)
     result = tl.where(several[:, None], means.to(own.dtype), own)
     tl.store(out + ((row * heads + head) * kept + slot[:, None]) * width + column[None, :], result, mask=inside)
+
+
+_tuned = {
+    wide: _triton_tiles.autotuned(_merge, ("SLOTS", "TOKENS"), tiles, ("TURN", "NEIGHBOURS", "COLUMNS"))
+    for wide, tiles in {
+        False: [(16, 32, 4, 3), (32, 32, 4, 3), (32, 32, 8, 3), (32, 64, 8, 2), (64, 32, 8, 2)],
+        True: [(16, 32, 4, 3), (16, 32, 8, 3), (32, 32, 8, 2)],
+    }.items()
+}
+"""By whether heads have more than 128 numbers."""

@@ -47,6 +47,11 @@ def _merged(
     tl.store(spot, total.to(out.dtype.element_ty), mask=inside)
 
 
+_tuned = _triton_tiles.autotuned(
+    _merged, ("BROAD",), [(256, 1, 1), (512, 1, 1), (512, 2, 1), (1024, 4, 1)], ("SIZED", "MEAN", "width"), 64
+)
+
+
 def supports(x: Tensor, *others: object) -> str | None:
     """Why these tokens need the reference; None where they do not."""
     if x.dtype not in _triton_tiles.DTYPES:
@@ -63,10 +68,9 @@ def launch(x: Tensor, size: Tensor | None, source: Tensor, given: Tensor, into: 
     bounds = torch.searchsorted(ordered, ends)
     out = torch.empty((batch, slots, width), dtype=x.dtype, device=x.device)
     by = x if size is None else size
-    broad = min(1024, _triton_tiles.power_of_2(width))
-    wrap_triton(_merged)[(batch * slots, triton.cdiv(width, broad))](
+    wrap_triton(_tuned)[lambda meta: (batch * slots, triton.cdiv(width, meta["BROAD"]))](
         x, by, source.contiguous(), given.gather(1, order), bounds, out,
         *x.stride(), by.stride(0), by.stride(1), slots, count, width,
-        SIZED=size is not None, MEAN=mean, BROAD=broad,
+        SIZED=size is not None, MEAN=mean,
     )  # fmt: skip
     return out

@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
 from ._triton_gather import block, empty
 from .turn_pairs import check
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
-TILE = 1024
+TILES = [(512, 2, 1), (1024, 2, 1), (1024, 4, 1), (2048, 4, 1), (2048, 8, 1)]
+"""Pairs of a tile, warps and stages."""
 COORDINATES, IN_A_WORD = 4, 32
 """Which coordinate turns a pair takes two bits: so many pairs are told of by a word of 64."""
 
@@ -56,11 +58,10 @@ def launch(
         return out
     pairs = frequencies.shape[-1]
     of_pairs = block(pairs, WIDEST)
-    size = block(tokens, TILE // of_pairs)
     # Heads that have positions of their own are turned by programs of their own.
     apart = any(each.dim() > 2 and each.shape[1] != 1 for each in (here, there))
-    grid = (triton.cdiv(tokens, size), heads if apart else 1, batch)
-    wrap_triton(_turn)[grid](
+    programs = heads if apart else 1
+    wrap_triton(_tuned)[lambda meta: (triton.cdiv(tokens, meta["TILE"] // of_pairs), programs, batch)](
         x,
         here,
         there,
@@ -77,7 +78,6 @@ def launch(
         start,
         **words(here, there, frequencies, coordinate),
         NEIGHBOURS=neighbours,
-        SIZE=size,
         PAIRS=of_pairs,
         REST=block(width - 2 * pairs, WIDEST),
     )
@@ -193,10 +193,11 @@ def _turn(
     HERE: tl.constexpr,
     THERE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
-    SIZE: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    SIZE: tl.constexpr = TILE // PAIRS
     row, begin = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = token < tokens
@@ -227,3 +228,6 @@ def _turn(
             other = tl.where(other < start, other, other + 2 * pairs)
             found = tl.load(from_x + other[None, :] * x_column, mask=plain)
             tl.store(into + other[None, :], found, mask=plain)
+
+
+_tuned = _triton_tiles.autotuned(_turn, ("TILE",), TILES, ("NEIGHBOURS", "PAIRS", "HERE", "THERE"), WIDEST)

@@ -20,9 +20,6 @@ from .key_votes import candidates, check
 from .triton_turn_pairs import turning
 from .turn_pairs import check as check_positions
 
-TILE = 1024
-"""Pairs of a tile of keys."""
-
 
 def supports(
     query: Tensor,
@@ -63,15 +60,14 @@ def launch(
     if not empty(logits.shape):
         pairs = frequencies.shape[-1]
         of_pairs = block(pairs, triton_turn_pairs.WIDEST)
-        size = block(tokens, TILE // of_pairs)
         # Heads share their positions.
         (here_row, _, *here_steps), (there_row, _, *there_steps) = map(triton_turn_pairs.steps, (here, there))
-        wrap_triton(_logits)[(triton.cdiv(tokens, size), batch)](
+        wrap_triton(_tuned)[lambda meta: (triton.cdiv(tokens, meta["TILE"] // of_pairs), batch)](
             query, key, here, there, frequencies, logits,
             *query.stride(), *key.stride(), here_row, *here_steps, there_row, *there_steps,
             heads, query.shape[1] // heads, tokens, width - 2 * pairs, pairs, start,
             **triton_turn_pairs.words(here, there, frequencies, coordinate),
-            NEIGHBOURS=neighbours, SIZE=size, PAIRS=of_pairs, REST=block(width - 2 * pairs, triton_turn_pairs.WIDEST),
+            NEIGHBOURS=neighbours, PAIRS=of_pairs, REST=block(width - 2 * pairs, triton_turn_pairs.WIDEST),
         )  # fmt: skip
     return _shared_out(logits, candidates(valid, batch, tokens, first, last, key.device)[:, None])
 
@@ -90,9 +86,10 @@ def _logits(
     q_row, q_head, q_column, k_row, k_head, k_token, k_column,
     here_row, here_token, here_own, there_row, there_token, there_own, heads, group, tokens, rest, pairs, start,
     frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, HERE: tl.constexpr, THERE: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Products of the queries with some keys of all heads, each turned and rounded as `turn_pairs` does it."""
+    SIZE: tl.constexpr = TILE // PAIRS
     row, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = token < tokens
     pair = tl.arange(0, PAIRS).to(tl.int64)
@@ -124,3 +121,8 @@ def _logits(
                 k = tl.load(at + other[None, :] * k_column, mask=inside[:, None] & plain[None, :], other=0)
                 found += tl.sum(k.to(tl.float32) * q[None, :], 1)
             tl.store(out + (row * heads * group + own) * tokens + token, found, mask=inside)
+
+
+_tuned = _triton_tiles.autotuned(
+    _logits, ("TILE",), triton_turn_pairs.TILES, ("NEIGHBOURS", "PAIRS", "HERE", "THERE"), triton_turn_pairs.WIDEST
+)

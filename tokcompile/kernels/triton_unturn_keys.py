@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
 from ._triton_gather import block, empty
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 512
-TILE = 4096
 
 
 def supports(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> str | None:
@@ -30,9 +30,8 @@ def launch(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> Tensor:
     if empty(keys.shape):
         return out
     columns = block(width, WIDEST)
-    rows = block(tokens, TILE // columns)
     table_strides = [0 if table.shape[d] == 1 and d < 2 else table.stride(d) for table in (cos, sin) for d in range(4)]
-    wrap_triton(_unturn)[(triton.cdiv(tokens, rows), heads, batch)](
+    wrap_triton(_tuned)[lambda meta: (triton.cdiv(tokens, meta["TILE"] // columns), heads, batch)](
         keys,
         cos,
         sin,
@@ -44,7 +43,6 @@ def launch(keys: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> Tensor:
         width,
         cos.shape[3],
         NEIGHBOURS=neighbours,
-        ROWS=rows,
         COLUMNS=columns,
     )
     return out
@@ -73,9 +71,10 @@ def _unturn(
     width,
     turned,
     NEIGHBOURS: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    ROWS: tl.constexpr = TILE // COLUMNS
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS).to(tl.int64)
@@ -97,3 +96,12 @@ def _unturn(
     s = tl.load(at_sin, mask=part, other=0).to(tl.float32)
     found = tl.where(part, (own * c - other * s) / (c * c + s * s), own)
     tl.store(out + ((row * heads + head) * tokens + token[:, None]) * width + column[None, :], found, mask=inside)
+
+
+_tuned = _triton_tiles.autotuned(
+    _unturn,
+    ("TILE",),
+    [(1024, 4, 1), (2048, 4, 1), (4096, 4, 1), (4096, 8, 1)],
+    ("NEIGHBOURS", "COLUMNS"),
+    WIDEST,
+)
