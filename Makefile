@@ -2,8 +2,9 @@
 #   PYTHON    which Python makes the environment
 #   PIP_ARGS  further arguments of pip install, e.g. an index of builds for this machine
 #   JOBS      test processes at a time
-#   CONSTRAINTS  which versions are installed; constraints-lowest.txt has the oldest that are supported, and gets an
-#             environment of its own: make test CONSTRAINTS=constraints-lowest.txt
+#   CONSTRAINTS  which versions are installed; constraints-lowest.txt has the oldest that are supported, and
+#             constraints-highest.txt the newest; each gets an environment of its own:
+#             make test CONSTRAINTS=constraints-lowest.txt
 #   EXTRAS    what is installed beside the package; demo,dev,tensorrt,openvino,timm has the families of timm tested, too
 PYTHON ?= python3
 PIP_ARGS ?=

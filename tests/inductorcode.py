@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,15 +21,17 @@ import triton
 from gpucompile import NoDriver
 from kernelcases import CASES, OTHER_CASES
 from torch import Tensor
+from torch._dynamo.device_interface import CpuInterface
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from tokcompile import kernels
 
@@ -54,7 +56,18 @@ def written() -> Iterator[list[tuple[str, str]]]:
         found.append((name, source))
         return Unlaunched()
 
-    with mock.patch.object(AsyncCompile, "triton", keep):
+    with ExitStack() as changes:
+        for holder, name, new in (
+            (AsyncCompile, "triton", keep),
+            # torch 2.15 asks whether the tensors' device has Triton, and what options a launch has there.
+            (CpuInterface, "raise_if_triton_unavailable", lambda *_: None),
+            (
+                triton_helpers,
+                "get_backend_options_for_target",
+                lambda *_: make_backend(TARGET).parse_options({}).__dict__,
+            ),
+        ):
+            changes.enter_context(mock.patch.object(holder, name, new, create=True))
         yield found
 
 

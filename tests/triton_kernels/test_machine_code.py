@@ -34,6 +34,8 @@ PRODUCTS = {
     ("received_by_sums", "column_parts"),
 }
 """Kernels that multiply matrices. Others multiply, too: too few rows at a time, or numbers of their own."""
+JOINS = {"_joined", "columns_of_kept", "heads_joined", "rows_joined"}
+"""Kernels that bring together what the parts of an attention left: they have one tile."""
 _ANGLES = {("turned_votes", "_logits", *which): 16 for which in [("bfloat16", 80), ("bfloat16", 90), ("float32", 90)]}
 SPILLS = {
     "3.6": {("topk_mask", "_mark", "float32", 80): 8, ("mark_pack", "_pack", "bfloat16", 90): 8, **_ANGLES},
@@ -127,6 +129,7 @@ def test_what_a_kernel_is_compiled_to(op: str) -> None:
         groups.setdefault((op, code.kernel, code.dtype, code.architecture), []).append(code)
     assert {name[2] for name in groups} == {str(each).removeprefix("torch.") for each in WORKLOADS[op].dtypes}
     for name, tiles in groups.items():
+        assert (len(tiles) > 1) == (name[1] not in JOINS), f"{len(tiles)} tiles of {name}"
         # Those of sm_80 also run on sm_86 and sm_89, which have less shared memory.
         small = [code for code in tiles if code.fits(89)] if name[3] == 80 else tiles
         fit = [code for code in small if code.fits()]

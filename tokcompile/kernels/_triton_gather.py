@@ -18,8 +18,8 @@ from torch import Tensor
 from . import _triton_tiles
 from ._triton import wrap_triton
 
-TILES = [(1024, 4, 1), (2048, 4, 1), (4096, 4, 1), (4096, 8, 1), (8192, 8, 1)]
-"""Elements, warps and stages of what moves tokens: 8 to 32 elements for a thread, whose loads are in flight at once."""
+TILES = [(1024, 2, 1), (2048, 4, 1), (4096, 4, 1), (4096, 8, 1), (8192, 8, 1)]
+"""Elements, warps and stages of what moves tokens. A thread loads 16 or 32 elements at once."""
 WIDEST = 1024
 """Columns of a tile at most: no more elements than the smallest has."""
 ROW_DIMENSIONS = 4

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _triton_tiles
 from ._triton import wrap_triton
 from ._triton_select import sortable
 
@@ -42,7 +43,7 @@ def select(scores: Tensor, classes: Tensor | None, first: Any, last: Any, k: Any
     rows, parts = batch * heads, FEW if tokens <= LONG else MANY
     groups = scores[:, 0] if classes is None else classes
     given = (*scores.stride(), *groups.stride(), heads, tokens, first, last, k)
-    fixed = {"CLASSES": classes is not None, "PARTS": parts, "PART": PART, "num_warps": 8}
+    fixed = {"CLASSES": classes is not None, "PARTS": parts, "PART": PART}
     before, bins = [scores] * 3, 1
     for shift, values in DIGITS:
         made = [
@@ -51,13 +52,13 @@ def select(scores: Tensor, classes: Tensor | None, first: Any, last: Any, k: Any
             torch.empty((rows, parts), dtype=torch.int32, device=scores.device),
         ]
         words = {"SHIFT": shift, "BINS": values, "BEFORE": bins, **fixed}
-        wrap_triton(_count)[(rows, parts)](scores, groups, *before, *made, *given, **words)
+        wrap_triton(_tuned_count)[(rows, parts)](scores, groups, *before, *made, *given, **words)
         before, bins = made, values
     out = torch.empty(
         (batch, heads, k if indices else tokens), dtype=torch.int64 if indices else torch.bool, device=scores.device
     )
     words = {"BEFORE": bins, "INDICES": indices, **fixed}
-    wrap_triton(_write)[(rows, parts)](scores, groups, *before, out, *given, **words)
+    wrap_triton(_tuned_write)[(rows, parts)](scores, groups, *before, out, *given, **words)
     return out
 
 
@@ -197,3 +198,9 @@ def _write(
             tl.store(out + row * tokens + token, keep, mask=inside)
         taken += tl.sum(equal)
         slot += tl.sum(keep.to(tl.int32))
+
+
+# Sizes follow from the digits; only how many warps share them is open.
+_tuned_count, _tuned_write = (
+    _triton_tiles.autotuned(kernel, (), [(4, 3), (8, 3), (16, 3)], ("BEFORE",)) for kernel in (_count, _write)
+)
