@@ -117,4 +117,4 @@ def _multiple(value: Any) -> bool:
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
-    return "fp32" if isinstance(value, float) else "i32"
+    return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"

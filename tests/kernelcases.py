@@ -90,17 +90,18 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "window_topk_mask": lambda: (made(0, 2, 24), 4, 6, 2, 3, 2),
 }
 
+SECTIONS = [0] * 16 + [1] * 24 + [2] * 24
+"""Time, height and width of heads of 128 numbers."""
 OTHER_CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fill_mask": lambda: ([bools(2, 16400)], made(0, 2, 16400), None, 5),
     "keep_keys": lambda: (made(0, 2, 2, 16400), bools(2, 16400), None, 1, 2, 5),
     "topk_mask": lambda: (made(0, 2, 16400), None, 5),
     "turn_pairs": lambda: (
-        *(made(0, 2, 3, 9, 8), places(9, 2, 1, 9, 3), places(8, 2, 9), made(2, 3).abs(), 1, False),
-        [0, 2, 1],
+        *(made(0, 2, 3, 9, 128), places(9, 2, 1, 9, 3), places(8, 2, 9), made(2, 64).abs(), 0, False, SECTIONS),
     ),
     "turned_votes": lambda: (
-        *(made(0, 2, 4, 8), made(1, 2, 2, 20, 8), places(50, 2, 1, 20, 3), places(30, 1, 1, 20, 3), made(2, 3).abs()),
-        *(1, False, [0, 2, 1], bools(2, 20), 2, 3),
+        *(made(0, 2, 4, 128), made(1, 2, 2, 20, 128), places(50, 2, 1, 20, 3), places(30, 1, 1, 20, 3)),
+        *(made(2, 64).abs(), 0, False, SECTIONS, bools(2, 20), 2, 3),
     ),
 }
 """Arguments for which other kernels run: rows that are longer than one program holds, tokens of several positions."""

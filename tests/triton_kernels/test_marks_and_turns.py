@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import launched, strided
 
-from tokcompile.kernels import kernel_fault, reference_of
+from tokcompile.kernels import kernel_fault, reference_of, triton_turn_pairs
 from tokcompile.kernels._library import kernel_reference
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -157,6 +157,14 @@ def test_more_coordinates_than_two_bits_tell_are_left_to_the_reference():
     assert kernel_fault("turn_pairs", (x, positions, positions, frequencies, 0, False, [0, 1, 2, 3, 3])) is None
     found = kernel_fault("turn_pairs", (x, positions, positions, frequencies, 0, False, [0, 1, 2, 3, 4]))
     assert found == "tokens of 5 positions; at most 4"
+
+
+@pytest.mark.parametrize("pairs", [1, 30, 31, 64, 256])
+def test_words_of_coordinates_are_never_negative(pairs):
+    """Inductor hands negative numbers that need 64 bits over as 32."""
+    words = triton_turn_pairs._packed([3] * pairs)
+    assert all(0 <= word < 1 << 60 for word in words.values())
+    assert sum(word.bit_count() for word in words.values()) == 2 * pairs
 
 
 def _turned(x, back, frequencies, start, neighbours):

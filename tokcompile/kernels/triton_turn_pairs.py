@@ -19,8 +19,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
 TILES = [(512, 2, 1), (1024, 2, 1), (1024, 4, 1), (2048, 4, 1), (2048, 8, 1)]
 """Pairs of a tile, warps and stages."""
-COORDINATES, IN_A_WORD = 4, 32
-"""Which coordinate turns a pair takes two bits: so many pairs are told of by a word of 64."""
+COORDINATES, IN_A_WORD = 4, 30
+"""Which coordinate turns a pair takes two bits. So many pairs are told of by a word, which stays above 0 in 64 bits: a
+negative number that does not fit 32 bits is one that Inductor would take to do so."""
 
 
 def supports(
@@ -107,9 +108,9 @@ def words(here: Tensor, there: Tensor, frequencies: Tensor, coordinate: Sequence
 def _packed(coordinate: Sequence[int]) -> dict[str, int]:
     """The coordinates of all pairs as words by name, which a kernel is given as it is given sizes."""
     found = {}
-    for word in range(WIDEST // IN_A_WORD):
-        bits = sum(own << 2 * place for place, own in enumerate(coordinate[word * IN_A_WORD :][:IN_A_WORD]))
-        found[f"c{word}"] = bits - (1 << 64) if bits >> 63 else bits
+    for word in range(-(-WIDEST // IN_A_WORD)):
+        part = coordinate[word * IN_A_WORD : (word + 1) * IN_A_WORD]
+        found[f"c{word}"] = sum(own << 2 * place for place, own in enumerate(part))
     return found
 
 
@@ -117,30 +118,32 @@ def _packed(coordinate: Sequence[int]) -> dict[str, int]:
 def turning(
     here, there, frequencies, here_at, there_at, row, token, inside, pair, there_are,
     here_token, here_own, there_token, there_own, frequencies_row, frequencies_pair,
-    c0, c1, c2, c3, c4, c5, c6, c7, HERE: tl.constexpr, THERE: tl.constexpr,
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, HERE: tl.constexpr, THERE: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [SIZE, PAIRS] of the turn from one position to another.
 
     Args:
         here_at, there_at: where the positions of this row and head begin.
-        c0 to c7: which coordinate turns each pair, of 32 pairs each.
+        c0 to c8: which coordinate turns each pair, of IN_A_WORD pairs each.
         HERE, THERE: whether tokens have several positions.
     """
     frequency = tl.load(frequencies + row * frequencies_row + pair * frequencies_pair, mask=there_are, other=0)
     frequency = frequency.to(tl.float32)
     own = pair
     if HERE or THERE:
-        low = tl.where(pair < 64, _word(pair, 32, c0, c1), _word(pair, 96, c2, c3))
-        high = tl.where(pair < 192, _word(pair, 160, c4, c5), _word(pair, 224, c6, c7))
-        own = (tl.where(pair < 128, low, high) >> (2 * (pair % 32))) & 3
+        which = pair // 30
+        word = tl.where(which == 0, _wide(c0), tl.where(which == 1, _wide(c1), _wide(c2)))
+        word = tl.where(which > 2, tl.where(which == 3, _wide(c3), tl.where(which == 4, _wide(c4), _wide(c5))), word)
+        word = tl.where(which > 5, tl.where(which == 6, _wide(c6), tl.where(which == 7, _wide(c7), _wide(c8))), word)
+        own = (word >> (2 * (pair % 30))) & 3
     cos_a, sin_a = _waves(here + here_at, token, here_token, own, here_own, inside, there_are, frequency, HERE)
     cos_b, sin_b = _waves(there + there_at, token, there_token, own, there_own, inside, there_are, frequency, THERE)
     return cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
 
 
 @triton.jit
-def _word(pair, before, one, other):
-    return tl.where(pair < before, tl.cast(one, tl.int64), tl.cast(other, tl.int64))
+def _wide(number):
+    return tl.cast(number, tl.int64)
 
 
 @triton.jit
@@ -190,6 +193,7 @@ def _turn(
     c5,
     c6,
     c7,
+    c8,
     HERE: tl.constexpr,
     THERE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
@@ -206,7 +210,7 @@ def _turn(
     cos, sin = turning(
         here, there, frequencies, row * here_row + begin * here_head, row * there_row + begin * there_head,
         row, token, inside, pair, there_are, here_token, here_own, there_token, there_own,
-        frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, HERE, THERE,
+        frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, c8, HERE, THERE,
     )  # fmt: skip
     if NEIGHBOURS:
         one = start + 2 * pair

@@ -85,7 +85,7 @@ def _logits(
     query, key, here, there, frequencies, out,
     q_row, q_head, q_column, k_row, k_head, k_token, k_column,
     here_row, here_token, here_own, there_row, there_token, there_own, heads, group, tokens, rest, pairs, start,
-    frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, HERE: tl.constexpr, THERE: tl.constexpr,
+    frequencies_row, frequencies_pair, c0, c1, c2, c3, c4, c5, c6, c7, c8, HERE: tl.constexpr, THERE: tl.constexpr,
     NEIGHBOURS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Products of the queries with some keys of all heads, each turned and rounded as `turn_pairs` does it."""
@@ -97,7 +97,7 @@ def _logits(
     cos, sin = turning(
         here, there, frequencies, row * here_row, row * there_row, row, token, inside, pair, there_are,
         here_token, here_own, there_token, there_own, frequencies_row, frequencies_pair,
-        c0, c1, c2, c3, c4, c5, c6, c7, HERE, THERE,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, HERE, THERE,
     )  # fmt: skip
     one = start + (2 * pair if NEIGHBOURS else pair)
     two = one + (1 if NEIGHBOURS else pairs)
