@@ -204,11 +204,11 @@ def columns_of_kept(
     received = tl.zeros([SIZE], tl.float32)
     for index in range(0, count):
         at, counted = rows_at(rows, plane // heads, index, count, count, LISTED)
-        seen = (column < keys) & counted
+        end = tl.where(counted, keys, 0)
         if CAUSAL:
             # Beyond what the row sees nothing was written.
-            seen = seen & (column <= at)
-        logits = tl.load(kept + (plane * count + index) * keys + column, mask=seen, other=float("-inf"))
+            end = tl.minimum(end, at + 1)
+        logits = tl.load(kept + (plane * count + index) * keys + column, mask=column < end, other=float("-inf"))
         row = plane * count + index
         received += tl.exp2(logits - tl.load(peaks + row)) * tl.load(shares + row)
     tl.store(out + plane * keys + column, received, mask=column < keys)
