@@ -11,7 +11,7 @@ import streamed
 import torch
 from core.test_family_generate import longer
 from families import Subject, subject
-from harness import difference, greedy
+from harness import difference, greedy, refusal
 from torch import Tensor
 
 import tokcompile
@@ -86,3 +86,16 @@ def test_generate_equals_attention_on_lists(name: str, when: str) -> None:
     assert difference(torch.stack(out.logits, 1), expected) <= 2e-5
     longest = BUDGET + (STEPS - 1 if when == "prefill" else 0)
     assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {longest}
+
+
+def test_positions_of_merged_tokens_are_not_taken_for_those_of_their_keys() -> None:
+    """Each pair of a merged token's key was turned by the position of some member, which no map of tokens tells."""
+    family = catalogue.family("qwen2_5_vl")
+    it = subject(family)
+    inputs = family.example(it.model, batch=2, padded=True, length=17)
+    rules = [{"rule": "ppe", "slots": 1}, {"rule": "streamingllm", "budget": BUDGET}]
+    tokcompile.compile(it.model, target="eager", rules=rules)
+    with pytest.raises(Exception, match="not made of products of positions and frequencies") as caught:
+        it.model.generate(**inputs, **greedy(2))
+    tokcompile.restore(it.model)
+    assert any("streamingllm.yaml" in place for place in refusal(caught.value).where)
